@@ -1,0 +1,1 @@
+"""Crucible Kitchen: post-training orchestration."""

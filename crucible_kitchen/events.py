@@ -1,0 +1,267 @@
+"""Every telemetry event: what happened in a run, as frozen values.
+
+An event carries measurements (numbers) and metadata (words), named as in ``crucible-kitchen events --schema``, which
+is made from this file. It knows no sink and no store. Read next: ``crucible_kitchen.telemetry``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+__all__ = [
+    "EVENTS",
+    "DataPrepared",
+    "EvalComplete",
+    "Event",
+    "EventRecord",
+    "ModelRegistered",
+    "StageErrored",
+    "StageStart",
+    "StageStop",
+    "TrainingCheckpoint",
+    "TrainingEpoch",
+    "TrainingStep",
+    "WarningRaised",
+    "WorkflowStart",
+    "WorkflowStop",
+    "event_from_json",
+    "event_schema",
+]
+
+EVENTS: dict[str, type["Event"]] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """The base of all events: ``name`` as upstream, ``measurements`` lists the fields that are numbers to plot."""
+
+    name: ClassVar[str] = ""
+    measurements: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as a JSON object, without the name."""
+        return asdict(self)
+
+
+def _listed(cls: type[Event]) -> type[Event]:
+    EVENTS[cls.name] = cls
+    return cls
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """An event at its place in a run's log.
+
+    Attributes:
+        run_id: the run.
+        seq: place in the run's log: 1, 2, 3... without gaps.
+        time: seconds since the epoch, UTC; for people, never for order.
+        event: the event.
+    """
+
+    run_id: str
+    seq: int
+    time: float
+    event: Event
+
+    @property
+    def terminal(self) -> bool:
+        """Whether it is the last event of its attempt."""
+        return isinstance(self.event, WorkflowStop)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as one flat JSON object, as the JSONL sink and the command line print it."""
+        head = {"seq": self.seq, "time": self.time, "run_id": self.run_id, "event": self.event.name}
+        return head | self.event.to_json()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowStart(Event):
+    """A run's attempt began."""
+
+    name: ClassVar[str] = "workflow.start"
+    recipe: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowStop(Event):
+    """A run's attempt ended; always the last event. ``duration_s`` in seconds."""
+
+    name: ClassVar[str] = "workflow.stop"
+    measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
+    recipe: str
+    status: str
+    duration_s: float
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStart(Event):
+    """A stage began. ``path`` has the loops' turns in it; ``attempt`` counts from 1."""
+
+    name: ClassVar[str] = "stage.start"
+    stage: str
+    recipe: str
+    path: str
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStop(Event):
+    """A stage ended well. ``duration_s`` in seconds, all attempts together."""
+
+    name: ClassVar[str] = "stage.stop"
+    measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
+    stage: str
+    recipe: str
+    path: str
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageErrored(Event):
+    """An attempt of a stage failed; ``action`` says what follows: ``retry``, ``skip`` or ``halt``."""
+
+    name: ClassVar[str] = "stage.error"
+    measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
+    stage: str
+    recipe: str
+    path: str
+    attempt: int
+    code: str
+    message: str
+    action: str
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPrepared(Event):
+    """A dataset was rendered into tokens. ``truncated`` counts rows cut at the context."""
+
+    name: ClassVar[str] = "data.prepared"
+    measurements: ClassVar[tuple[str, ...]] = ("rows", "tokens", "trained_tokens", "truncated", "steps")
+    dataset: str
+    fingerprint: str
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStep(Event):
+    """One optimizer step: mean loss per weighted token, learning rate, throughput, gradient norm before clipping."""
+
+    name: ClassVar[str] = "training.step"
+    measurements: ClassVar[tuple[str, ...]] = ("loss", "lr", "tokens_per_sec", "grad_norm")
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    tokens_per_sec: float
+    grad_norm: float
+    total_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEpoch(Event):
+    """An epoch ended; ``avg_loss`` is the mean of its steps' losses."""
+
+    name: ClassVar[str] = "training.epoch"
+    measurements: ClassVar[tuple[str, ...]] = ("avg_loss",)
+    epoch: int
+    steps: int
+    avg_loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCheckpoint(Event):
+    """A training state was saved at ``path``."""
+
+    name: ClassVar[str] = "training.checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalComplete(Event):
+    """An evaluation ended. Metrics are over ``sample_count`` held-out rows."""
+
+    name: ClassVar[str] = "eval.complete"
+    measurements: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "precision", "recall")
+    step: int
+    sample_count: int
+    accuracy: float
+    f1: float
+    precision: float
+    recall: float
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRegistered(Event):
+    """A model version was registered; ``model_name`` is the name that upstream calls ``name``."""
+
+    name: ClassVar[str] = "model.registered"
+    model_id: str
+    model_name: str
+    version: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarningRaised(Event):
+    """Something a person should know, though the run goes on."""
+
+    name: ClassVar[str] = "warning"
+    code: str
+    message: str
+    path: str = ""
+
+
+for _cls in (
+    WorkflowStart,
+    WorkflowStop,
+    StageStart,
+    StageStop,
+    StageErrored,
+    DataPrepared,
+    TrainingStep,
+    TrainingEpoch,
+    TrainingCheckpoint,
+    EvalComplete,
+    ModelRegistered,
+    WarningRaised,
+):
+    _listed(_cls)
+
+
+def event_from_json(name: str, values: Mapping[str, Any]) -> Event:
+    """Rebuild an event from its name and fields; unknown fields (of a newer version) are left out.
+
+    Raises:
+        KeyError: no event has this name.
+    """
+    cls = EVENTS[name]
+    known = {f.name for f in fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in known})
+
+
+def event_schema() -> list[dict[str, Any]]:
+    """Return every event with its fields, measurements first, as ``events --schema`` prints it."""
+    rows = []
+    for name, cls in EVENTS.items():
+        metadata = [f.name for f in fields(cls) if f.name not in cls.measurements]
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        rows.append(
+            {
+                "event": name,
+                "measurements": list(cls.measurements),
+                "metadata": metadata,
+                "required": required,
+                "doc": (cls.__doc__ or "").strip(),
+            }
+        )
+    return rows
