@@ -186,10 +186,16 @@ class Submissions:
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncGenerator["Submissions", None]:
-        """Open a task group for submissions."""
+        """Open a task group for submissions; an error of the block leaves it as it is, not in a group of one."""
+        failure: Exception | None = None
         async with anyio.create_task_group() as group:
-            yield cls(group)
+            try:
+                yield cls(group)
+            except Exception as error:  # noqa: BLE001 - raised again below, outside the task group
+                failure = error
             group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     def check(self) -> None:
         """Raise the first failure that nobody has awaited."""
