@@ -1,0 +1,84 @@
+"""Losses of the toy model: the built-in cross entropy, checks of what losses read, and how their values combine.
+
+Knows no session. Read next: ``crucible_kitchen_noop.session``.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from crucible_kitchen.errors import BackendUserError
+from crucible_kitchen.types import Array, Datum, Float64Array, ForwardBackwardResult, Loss, LossValue
+
+__all__ = ["CrossEntropy", "check_datum", "evaluate", "summarise"]
+
+
+class CrossEntropy:
+    """``-sum(weights * logprobs)``."""
+
+    name = "cross_entropy"
+    group = 1
+
+    def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]]) -> LossValue:
+        """Evaluate one datum."""
+        weights = loss_inputs[0]["weights"].astype(np.float64)
+        return LossValue(-float(np.sum(weights * logprobs[0])), [-weights])
+
+
+def check_datum(datum: Datum, needed: Sequence[str], vocab: int, context: int) -> None:
+    """Refuse a datum that lacks an input, has one of another length, or tokens outside the vocabulary."""
+    if "tokens" not in datum.inputs:
+        raise BackendUserError(f"datum {datum.key!r} has no input 'tokens'")
+    if len(datum) > context:
+        raise BackendUserError(f"datum {datum.key!r} has {len(datum)} tokens, the context holds {context}")
+    for name in needed:
+        if name not in datum.loss_inputs:
+            raise BackendUserError(f"datum {datum.key!r} lacks the loss input {name!r}")
+        if datum.loss_inputs[name].shape != (len(datum),):
+            raise BackendUserError(f"datum {datum.key!r}: loss input {name!r} is not of length {len(datum)}")
+    for ids in (datum.inputs["tokens"], datum.loss_inputs["target_tokens"]):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            raise BackendUserError(f"datum {datum.key!r} has a token outside the vocabulary of {vocab}")
+
+
+def evaluate(loss: Loss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]) -> LossValue:
+    """Evaluate the loss of one group and check what it returned."""
+    try:
+        value = loss(logprobs, [datum.loss_inputs for datum in datums])
+    except Exception as error:
+        raise BackendUserError(f"the loss {loss.name!r} raised {type(error).__name__}") from error
+    shapes = [np.shape(d) for d in value.d_logprobs]
+    if shapes != [np.shape(lp) for lp in logprobs]:
+        raise BackendUserError(f"the loss {loss.name!r} returned derivatives of shapes {shapes}")
+    return value
+
+
+def summarise(
+    values: Sequence[LossValue], logprobs: Sequence[Float64Array], datums: Sequence[Datum]
+) -> ForwardBackwardResult:
+    """Combine the groups of one call into its result."""
+    weights = [float(np.sum(d.loss_inputs["weights"])) if "weights" in d.loss_inputs else len(d) for d in datums]
+    return ForwardBackwardResult(
+        loss=sum(value.total for value in values),
+        weight=float(sum(weights)),
+        tokens=sum(len(datum) for datum in datums),
+        logprobs=logprobs,
+        metrics=_metrics(values),
+    )
+
+
+def _metrics(values: Sequence[LossValue]) -> dict[str, float]:
+    """Combine metrics as their names say: ``:mean``, ``:min``, ``:max``, else the sum."""
+    collected: dict[str, list[float]] = {}
+    for value in values:
+        for name, number in value.metrics.items():
+            collected.setdefault(name, []).append(number)
+    return {name: _combine(name.rpartition(":")[2], numbers) for name, numbers in collected.items()}
+
+
+def _combine(how: str, numbers: Sequence[float]) -> float:
+    if how == "min":
+        return float(min(numbers))
+    if how == "max":
+        return float(max(numbers))
+    return float(sum(numbers) / (len(numbers) if how == "mean" else 1))
