@@ -178,13 +178,10 @@ class OptimConfig(RunConfig):
 
 
 class CheckpointConfig(RunConfig):
-    """When training states are saved, and which are kept."""
+    """When training states are saved."""
 
     save_every: int = Field(default=0, ge=0)
     """Save the training state every so many optimizer steps; 0: only where something else asks for it."""
-
-    keep_last: int = Field(default=2, ge=1)
-    """How many of the newest states are kept."""
 
 
 class EvalConfig(RunConfig):

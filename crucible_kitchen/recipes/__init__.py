@@ -1,1 +1,1 @@
-"""recipes."""
+"""The shipped recipes: a workflow with vetted defaults."""

@@ -1,0 +1,211 @@
+"""A run from the outside: its handle, its result, and the one way in which an attempt ends.
+
+Whatever happens, an attempt ends once: the status that ``wait`` gives, the last event of the log and the run's row in
+the store agree, and are durable before ``wait`` returns. Read next: ``crucible_kitchen.kitchen``.
+"""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+from pydantic import BaseModel
+
+from crucible_kitchen.config import RunConfig
+from crucible_kitchen.errors import CrucibleError, RunCancelled, StageFailed
+from crucible_kitchen.events import EventRecord, WorkflowStart, WorkflowStop
+from crucible_kitchen.store import FinalStatus, RunStore
+from crucible_kitchen.telemetry import EventLog
+from crucible_kitchen.types import BlobRef, JsonObject
+from crucible_kitchen.workflow.engine import execute
+from crucible_kitchen.workflow.nodes import Workflow
+from crucible_kitchen.workflow.run import RunContext, StateView
+
+__all__ = ["RunHandle", "RunResult", "error_json", "json_part"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        run_id: the run.
+        status: ``completed``, or ``validated`` after a dry run.
+        state: what the stages wrote, read-only, by attribute or by item.
+        metrics: the last value of each measurement, ``{"training.step.loss": 0.1, ...}``.
+        artifacts: what the run produced: weights, checkpoints, reports.
+        manifest: what was run, on what.
+        duration_s: seconds it took.
+    """
+
+    run_id: str
+    status: str
+    state: StateView
+    metrics: Mapping[str, float]
+    artifacts: tuple[BlobRef, ...]
+    manifest: Mapping[str, Any]
+    duration_s: float
+
+    def to_json(self) -> JsonObject:
+        """Return the result as the command line prints it: the state without what JSON cannot hold."""
+        return {
+            "run_id": self.run_id,
+            "status": self.status,
+            "state": json_part(self.state),
+            "metrics": dict(self.metrics),
+            "artifacts": [artifact_json(a) for a in self.artifacts],
+            "duration_s": self.duration_s,
+        }
+
+
+class RunHandle:
+    """A started run: watch it, cancel it, wait for it. Made by ``Kitchen.start``."""
+
+    def __init__(
+        self, workflow: Workflow, config: RunConfig, adapters: Mapping[str, Any], context: RunContext, log: EventLog
+    ) -> None:
+        self._workflow = workflow
+        self._config = config
+        self._adapters = adapters
+        self._context = context
+        self._log = log
+        self._scope = anyio.CancelScope()
+        self._done = anyio.Event()
+        self._result: RunResult | None = None
+        self._error: BaseException | None = None
+        self.status = "running"
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return self._context.id
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What is run, on what."""
+        return self._context.manifest
+
+    def events(self, after: int = 0) -> AsyncIterator[EventRecord]:
+        """Iterate over the run's events after a place in its log, in order, without gaps, until the terminal one."""
+        return self._log.events(after)
+
+    async def cancel(self) -> None:
+        """Cancel the run and return when nothing of it is left. Idempotent; a run that has ended stays as it is."""
+        self._scope.cancel()
+        await self._done.wait()
+
+    async def wait(self) -> RunResult:
+        """Return the result once the run has ended.
+
+        Raises:
+            CrucibleError: the failure that ended it, with the stage's path.
+            RunCancelled: it was cancelled.
+        """
+        await self._done.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    async def attempt(self, store: RunStore, closing: AsyncExitStack) -> None:
+        """Run the workflow once, from the first event to the last; what ``closing`` holds is released before the end.
+
+        Only the kitchen calls it, in a task of its own; it raises nothing but cancellation from outside.
+        """
+        began = time.monotonic()
+        context = self._context
+        state: dict[str, Any] = {}
+        failure: BaseException | None = None
+        try:
+            context.emit(WorkflowStart(recipe=context.recipe, config=self._config.model_dump(mode="json")))
+            with self._scope:
+                state = await execute(self._workflow, self._config, self._adapters, context)
+        except Exception as error:  # noqa: BLE001 - the run's failure, reported by wait()
+            failure = error
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end(store, closing, state, failure, time.monotonic() - began)
+
+    async def _end(
+        self,
+        store: RunStore,
+        closing: AsyncExitStack,
+        state: dict[str, Any],
+        failure: BaseException | None,
+        took: float,
+    ) -> None:
+        context = self._context
+        try:
+            await closing.aclose()
+        except Exception as error:  # noqa: BLE001 - an adapter that cannot be closed fails the run, not the kitchen
+            failure = failure or error
+        status: FinalStatus = "completed"
+        if self._scope.cancelled_caught or (failure is not None and not isinstance(failure, Exception)):
+            status, failure = "cancelled", RunCancelled(f"the run {context.id} was cancelled")
+        elif failure is not None:
+            status = "failed"
+        error = error_json(failure) if isinstance(failure, Exception) and status == "failed" else None
+        try:
+            context.emit(WorkflowStop(recipe=context.recipe, status=status, duration_s=took, error=error))
+            await self._log.sync()
+            outcome = {"state": json_part(StateView(state)), "metrics": dict(context.metrics), "duration_s": took}
+            for artifact in context.artifacts:
+                await store.put_artifact(context.id, artifact)
+            await store.put_manifest(context.id, context.manifest)
+            await store.finish_run(context.id, status, outcome, error)
+        except CrucibleError as broken:  # the log or the disk: the run cannot be called completed
+            status, failure = "failed", failure or broken
+        self.status, self._error = status, failure
+        self._result = RunResult(
+            context.id,
+            status,
+            StateView(state),
+            dict(context.metrics),
+            tuple(context.artifacts),
+            context.manifest,
+            took,
+        )
+        self._done.set()
+
+
+def error_json(error: BaseException) -> JsonObject:
+    """Return an error as the store and the events keep it."""
+    if isinstance(error, CrucibleError):
+        return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+    return {"code": StageFailed.code, "message": f"{type(error).__name__}: {error}", "where": None, "hint": None}
+
+
+def artifact_json(artifact: BlobRef) -> JsonObject:
+    """Return an artifact as the command line prints it."""
+    return asdict(artifact)
+
+
+def json_part(state: StateView) -> JsonObject:
+    """Return the part of a state that JSON can hold; frozen dataclasses and pydantic models become objects."""
+    found: JsonObject = {}
+    for name in state:
+        try:
+            found[name] = _json(state[name])
+        except TypeError:
+            continue
+    return found
+
+
+def _json(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _json(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,0 +1,222 @@
+"""Data stages: open the splits, turn rows into tokens, plan the batches.
+
+They know the dataset port and a session's tokenizer, no backend. Read next: ``crucible_kitchen.rendering``.
+"""
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from crucible_kitchen.config import DataConfig, EvalConfig, ModelConfig, OptimConfig
+from crucible_kitchen.errors import DatasetNotFound, EmptyDataset
+from crucible_kitchen.events import DataPrepared
+from crucible_kitchen.ports import Dataset, DatasetSpec, DatasetStore, EvalExample, Tokenizer, TrainingSession
+from crucible_kitchen.rendering import TokenizedDataset, epoch_order, eval_prompt, tokenize
+from crucible_kitchen.types import Datum
+from crucible_kitchen.workers import run_sync
+from crucible_kitchen.workflow.run import Run
+from crucible_kitchen.workflow.stage import stage
+
+__all__ = ["Batch", "Corpus", "EpochBatches", "SupervisedDataConfig", "TrainingData", "build_dataset", "load_dataset"]
+
+ROWS_PER_CHUNK = 512  # rows tokenized between two chances to cancel
+
+
+class SupervisedDataConfig(DataConfig, EvalConfig, OptimConfig, ModelConfig):
+    """What preparing the data depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """The opened splits: rows to train on, and rows that are never trained on (None where the source has none)."""
+
+    train: Dataset
+    held_out: Dataset | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one optimizer step.
+
+    Attributes:
+        epoch: which pass over the data.
+        index: which step of the epoch.
+        rows: indices into the training data, in order.
+    """
+
+    epoch: int
+    index: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EpochBatches(Sequence[Batch]):
+    """The batches of one epoch, made when they are asked for; the last one may be smaller."""
+
+    epoch: int
+    order: Sequence[int]
+    size: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        start = index * self.size
+        return Batch(self.epoch, index, tuple(int(i) for i in self.order[start : start + self.size]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingData:
+    """Everything trained and evaluated on, as tokens.
+
+    Attributes:
+        name: the dataset's name.
+        fingerprint: sha256 of the training rows.
+        tokenized: the training rows.
+        examples: held-out questions; empty where there are none.
+        rows_per_step: rows of one optimizer step.
+        parts: how many submissions a step's rows are split into (gradient accumulation).
+        seed: of the shuffling.
+        shuffle: whether epochs are shuffled.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    name: str
+    fingerprint: str
+    tokenized: TokenizedDataset
+    examples: tuple[EvalExample, ...]
+    rows_per_step: int
+    parts: int
+    seed: int
+    shuffle: bool
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows; the last may be smaller."""
+        return math.ceil(len(self.tokenized) / self.rows_per_step)
+
+    def batches(self, epoch: int) -> EpochBatches:
+        """Return the batches of an epoch; the run's last epoch ends with its last step."""
+        count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+        order = epoch_order(len(self.tokenized), self.seed, epoch, shuffle=self.shuffle)
+        return EpochBatches(epoch, order, self.rows_per_step, max(0, count))
+
+    def datums(self, batch: Batch) -> list[list[Datum]]:
+        """Return a batch's rows as the submissions of its step, each a list of datums."""
+        datums = [self.tokenized.datum(row) for row in batch.rows]
+        size = math.ceil(self.rows_per_step / self.parts)
+        return [datums[i : i + size] for i in range(0, len(datums), size)]
+
+
+@stage(writes="corpus")
+async def load_dataset(dataset_store: DatasetStore, config: SupervisedDataConfig, run: Run) -> AsyncIterator[Corpus]:
+    """Open the training split and a split that is never trained on."""
+    options = tuple(sorted(config.dataset_options.items()))
+    spec = DatasetSpec(config.dataset, config.split, config.dataset_size, config.seed, config.holdout, options)
+    train = await dataset_store.load(spec)
+    held_out = await _held_out(dataset_store, spec, config)
+    if held_out is None:
+        run.warn("data.no_held_out", f"{config.dataset!r} has no held-out rows: nothing can be evaluated")
+    yield Corpus(train, held_out)
+
+
+async def _held_out(store: DatasetStore, train: DatasetSpec, config: SupervisedDataConfig) -> Dataset | None:
+    """Open the split asked for, else the first usual one that exists and is not the training split."""
+    splits = [config.eval_split] if config.eval_split else ["test", "validation"]
+    for split in splits:
+        if split == train.split:
+            continue
+        try:
+            return await store.load(
+                DatasetSpec(train.name, split, config.eval_size, train.seed, train.holdout, train.options)
+            )
+        except (DatasetNotFound, EmptyDataset):
+            if config.eval_split:
+                raise
+    return None
+
+
+@stage(writes="data")
+async def build_dataset(
+    corpus: Corpus, session: TrainingSession, config: SupervisedDataConfig, run: Run
+) -> AsyncIterator[TrainingData]:
+    """Turn all rows into tokens, once and before the first step, so that a bad row is found now."""
+    limit = min(config.max_length, session.info.context_length)
+    settings = config.model_copy(update={"max_length": limit})
+    tokenized = await _tokenize(corpus.train, session.tokenizer, settings)
+    if len(tokenized) == 0:
+        raise EmptyDataset(
+            f"no row of {config.dataset!r} has a token to train on within {limit} tokens",
+            hint="raise max_length, or see train_on",
+        )
+    rows_per_step = config.batch_size * config.gradient_accumulation
+    per_epoch = math.ceil(len(tokenized) / rows_per_step)
+    total = config.epochs * per_epoch
+    data = TrainingData(
+        name=config.dataset,
+        fingerprint=await corpus.train.fingerprint(),
+        tokenized=tokenized,
+        examples=await _examples(corpus.held_out, session, settings, run),
+        rows_per_step=rows_per_step,
+        parts=config.gradient_accumulation,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        total_steps=min(total, config.max_steps) if config.max_steps else total,
+    )
+    if tokenized.truncated or tokenized.dropped:
+        run.warn(
+            "data.too_long",
+            f"{tokenized.truncated} rows were cut at {limit} tokens, {tokenized.dropped} were left out",
+        )
+    run.emit(
+        DataPrepared(
+            dataset=data.name,
+            fingerprint=data.fingerprint,
+            rows=len(tokenized),
+            tokens=tokenized.tokens,
+            trained_tokens=tokenized.trained_tokens,
+            truncated=tokenized.truncated,
+            steps=data.total_steps,
+        )
+    )
+    yield data
+
+
+async def _tokenize(dataset: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDataset:
+    parts = []
+    for start in range(0, len(dataset), ROWS_PER_CHUNK):
+        indices = range(start, min(start + ROWS_PER_CHUNK, len(dataset)))
+        rows = await dataset.rows(indices)
+        parts.append(await run_sync(tokenize, rows, tokenizer, config, first_row=start, prefix=dataset.split))
+    return TokenizedDataset.concat(parts)
+
+
+async def _examples(
+    held_out: Dataset | None, session: TrainingSession, config: SupervisedDataConfig, run: Run
+) -> tuple[EvalExample, ...]:
+    """Turn held-out rows into questions; those that leave no room for an answer are left out and counted."""
+    if held_out is None:
+        return ()
+    rows = await held_out.rows(range(len(held_out)))
+    examples, too_long = [], 0
+    for index, row in enumerate(rows):
+        prompt, reference = await run_sync(eval_prompt, row, session.tokenizer, config, row_index=index)
+        if len(prompt) >= session.info.context_length:
+            too_long += 1
+            continue
+        key = f"{held_out.split}/{index}"
+        examples.append(EvalExample(key, tuple(prompt), reference, config.eval_labels))
+    if too_long:
+        run.warn("data.eval_too_long", f"{too_long} held-out rows leave no room for an answer and are left out")
+    return tuple(examples)

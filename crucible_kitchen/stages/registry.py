@@ -1,0 +1,81 @@
+"""Registry stages: register the trained model with what it came from.
+
+They know the model registry port only. Read next: ``crucible_kitchen.ports.model_registry``.
+"""
+
+from typing import Any
+
+from crucible_kitchen.config import DataConfig, ModelConfig, RegistryConfig
+from crucible_kitchen.events import ModelRegistered
+from crucible_kitchen.ports import ModelRegistry, TrainingSession
+from crucible_kitchen.stages.data import TrainingData
+from crucible_kitchen.types import BlobRef, ModelVersion
+from crucible_kitchen.workflow.run import Run
+from crucible_kitchen.workflow.stage import stage
+
+__all__ = ["RegisterConfig", "register_model", "registry_given"]
+
+
+class RegisterConfig(RegistryConfig, ModelConfig, DataConfig):
+    """What registering depends on."""
+
+
+def registry_given(model_registry: ModelRegistry | None) -> bool:
+    """Whether there is a registry."""
+    return model_registry is not None
+
+
+@stage(writes="registered_model")
+async def register_model(
+    session: TrainingSession,
+    final_weights: BlobRef,
+    data: TrainingData,
+    config: RegisterConfig,
+    run: Run,
+    model_registry: ModelRegistry | None = None,
+    eval_results: dict[str, Any] | None = None,
+) -> ModelVersion:
+    """Register the weights as a new version of the model, with their lineage and what was measured."""
+    assert model_registry is not None, "guarded by registry_given"
+    name = config.register_as or default_name(run.recipe, config.model, config.dataset)
+    version = await model_registry.register(
+        name,
+        final_weights.uri,
+        lineage=lineage(config, data, session, run),
+        metrics=eval_results or {},
+        idempotency_key=run.idempotency_key,
+        synthetic=session.capabilities.synthetic,
+    )
+    run.emit(ModelRegistered(model_id=version.id, model_name=version.name, version=version.version, uri=version.uri))
+    return version
+
+
+@register_model.rollback
+async def _unregister(registered_model: ModelVersion, model_registry: ModelRegistry | None = None) -> None:
+    if model_registry is not None:
+        await model_registry.delete(registered_model.name, registered_model.version)
+
+
+def default_name(recipe: str, model: str, dataset: str) -> str:
+    """Return a registry name made of the run's recipe, model and dataset: ``supervised-tiny-sums``."""
+    parts = (recipe, model.rstrip("/").rpartition("/")[2], dataset.rstrip("/").rpartition("/")[2])
+    return "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in part) for part in parts)
+
+
+def lineage(config: RegisterConfig, data: TrainingData, session: TrainingSession, run: Run) -> dict[str, Any]:
+    """Return what a model came from, as JSON."""
+    manifest = run.manifest
+    return {
+        "run": run.id,
+        "recipe": run.recipe,
+        "workflow_hash": manifest.get("workflow_hash"),
+        "config_hash": manifest.get("config_hash"),
+        "seed": run.seed,
+        "base_model": config.model,
+        "parent_model": config.parent_model or None,
+        "dataset": data.name,
+        "dataset_fingerprint": data.fingerprint,
+        "steps": session.position,
+        "versions": manifest.get("versions"),
+        "reproducible": manifest.get("reproducible"),
+    }

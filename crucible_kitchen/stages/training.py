@@ -1,0 +1,226 @@
+"""Training stages: open the session, take optimizer steps, save states and the final weights.
+
+They know the training port only. A step is retried by opening it again, never by repeating a call. Read next:
+``crucible_kitchen.ports.training_client``.
+"""
+
+import math
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from crucible_kitchen.config import CheckpointConfig, ModelConfig, OptimConfig
+from crucible_kitchen.errors import CapabilityError, NonFiniteLoss
+from crucible_kitchen.events import TrainingCheckpoint, TrainingEpoch, TrainingStep
+from crucible_kitchen.learner.hyperparams import recommended_learning_rate
+from crucible_kitchen.learner.schedules import learning_rate, warmup_steps
+from crucible_kitchen.ports import BlobStore, TrainingClient, TrainingSession
+from crucible_kitchen.stages.data import Batch, EpochBatches, TrainingData
+from crucible_kitchen.types import BlobRef, Datum, ForwardBackwardResult, SessionInfo, SessionSpec, StateRef, StepResult
+from crucible_kitchen.workers import run_sync
+from crucible_kitchen.workflow.run import Run
+from crucible_kitchen.workflow.stage import stage
+
+__all__ = [
+    "EpochStats",
+    "batches",
+    "checkpoint_due",
+    "epochs",
+    "init_session",
+    "log_epoch",
+    "log_step",
+    "save_checkpoint",
+    "save_final",
+    "train_step",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStats:
+    """The losses of an epoch so far: their sum and number."""
+
+    total: float = 0.0
+    steps: int = 0
+
+
+@stage(writes="session")
+async def init_session(
+    training_client: TrainingClient, config: ModelConfig, run: Run
+) -> AsyncIterator[TrainingSession]:
+    """Open a training session on the model; it closes when the workflow ends."""
+    template = await run_sync(_template, config.chat_template)
+    spec = SessionSpec(
+        model=config.model,
+        lora=config.lora(),
+        seed=config.seed,
+        directory=str(run.directory),
+        run_id=run.id,
+        chat_template=template,
+    )
+    async with training_client.open_session(spec) as session:
+        yield session
+
+
+def _template(value: str | None) -> str | None:
+    """Return a chat template given as text or as the path of a file."""
+    if value is None or "{" in value:
+        return value
+    return Path(value).read_text(encoding="utf-8")
+
+
+@init_session.validate
+def _weights_can_be_trained(training_client: TrainingClient, config: ModelConfig) -> None:
+    can = training_client.capabilities
+    if config.lora() is None and not can.full_weights:
+        raise CapabilityError("the training backend cannot train all weights", hint="set lora_rank=16")
+    if config.lora() is not None and not can.lora:
+        raise CapabilityError("the training backend cannot train LoRA adapters", hint="set lora_rank=0")
+    if can.recovery == "none":
+        raise CapabilityError(
+            "the training backend has neither step tokens nor rollback: a run could not survive a crash",
+            hint="use another training_client",
+        )
+
+
+def epochs(data: TrainingData) -> range:
+    """As many passes over the data as the run's steps need."""
+    return range(math.ceil(data.total_steps / data.steps_per_epoch))
+
+
+def batches(data: TrainingData, epoch: int) -> EpochBatches:
+    """The epoch's batches, one optimizer step each."""
+    return data.batches(epoch)
+
+
+@stage(writes="step")
+async def train_step(session: TrainingSession, batch: Batch, data: TrainingData, config: OptimConfig) -> StepResult:
+    """Accumulate the gradient of a batch and apply one optimizer step.
+
+    The loss is the mean per weighted token over all of the step's rows, however they are split.
+    """
+    index = session.position
+    rate = step_rate(index, data.total_steps, config, session.info)
+    parts = data.datums(batch)
+    weight = sum(float(d.loss_inputs["weights"].sum()) for part in parts for d in part)
+    began = anyio.current_time()
+    async with session.step(index) as step:
+        submitted = [await step.forward_backward(part) for part in parts]
+        applied = await step.apply(config.adam(rate), scale=1.0 / weight)
+        results = [await pending for pending in submitted]
+        loss = sum(r.loss for r in results) / weight
+        if not math.isfinite(loss):
+            raise NonFiniteLoss("the loss", index + 1, _keys(parts))
+        outcome = await applied
+    taken = max(anyio.current_time() - began, 1e-9)
+    tokens = sum(r.tokens for r in results)
+    return StepResult(
+        step=outcome.step,
+        epoch=batch.epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=outcome.grad_norm,
+        tokens=tokens,
+        tokens_per_sec=tokens / taken,
+        metrics=_summed(results),
+    )
+
+
+@train_step.validate
+def _has_cross_entropy(training_client: TrainingClient) -> None:
+    can = training_client.capabilities
+    if "cross_entropy" not in can.losses:
+        raise CapabilityError("the training backend has no cross_entropy loss", hint="use another training_client")
+    if can.step_scale == "none":
+        raise CapabilityError("the training backend cannot scale a step", hint="use another training_client")
+
+
+def step_rate(index: int, total: int, config: OptimConfig, info: SessionInfo) -> float:
+    """Return the learning rate of step ``index`` (from 0) of ``total``."""
+    return learning_rate(
+        index,
+        total,
+        peak=config.learning_rate or recommended_learning_rate(info, lora=info.lora_rank > 0),
+        schedule=config.lr_schedule,
+        warmup_steps=warmup_steps(config.warmup, total),
+        end=config.lr_end,
+        power=config.lr_power,
+    )
+
+
+def _keys(parts: Sequence[Sequence[Datum]]) -> list[str]:
+    return [datum.key for part in parts for datum in part]
+
+
+def _summed(results: Sequence[ForwardBackwardResult]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for result in results:
+        for name, value in result.metrics.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+@stage(writes="epoch_stats")
+async def log_step(step: StepResult, data: TrainingData, run: Run, epoch_stats: EpochStats | None = None) -> EpochStats:
+    """Report a step, and keep the epoch's mean loss."""
+    run.emit(
+        TrainingStep(
+            step=step.step,
+            epoch=step.epoch,
+            loss=step.loss,
+            lr=step.learning_rate,
+            tokens_per_sec=step.tokens_per_sec,
+            grad_norm=step.grad_norm,
+            total_steps=data.total_steps,
+        )
+    )
+    before = EpochStats() if epoch_stats is None or run.turn("batch") == 0 else epoch_stats
+    return EpochStats(before.total + step.loss, before.steps + 1)
+
+
+@stage()
+async def log_epoch(epoch: int, run: Run, epoch_stats: EpochStats | None = None) -> None:
+    """Report an epoch."""
+    if epoch_stats is not None and epoch_stats.steps:
+        mean = epoch_stats.total / epoch_stats.steps
+        run.emit(TrainingEpoch(epoch=epoch, steps=epoch_stats.steps, avg_loss=mean))
+
+
+def checkpoint_due(step: StepResult, config: CheckpointConfig) -> bool:
+    """Whether this step is one after which the training state is saved."""
+    return bool(config.save_every) and step.step % config.save_every == 0
+
+
+@stage(writes="checkpoint")
+async def save_checkpoint(session: TrainingSession, run: Run) -> StateRef:
+    """Save weights, optimizer and RNG."""
+    state = await session.save_state(f"step-{session.position:06d}")
+    run.emit(TrainingCheckpoint(step=state.step, path=state.uri))
+    run.add_artifact(BlobRef(state.uri, state.sha256, state.size, "checkpoint", f"step-{state.step}"))
+    return state
+
+
+@stage(writes="final_weights")
+async def save_final(session: TrainingSession, blob_store: BlobStore, config: ModelConfig, run: Run) -> BlobRef:
+    """Export the trained weights and store them under the hash of their content. A failure fails the run."""
+    directory = run.directory / "export"
+    await run_sync(_fresh_directory, directory)
+    exported = await session.export(str(directory))
+    weights = await blob_store.put_tree(directory, kind="weights", name=f"{config.model} ({exported.format})")
+    run.add_artifact(weights)
+    return weights
+
+
+@save_final.validate
+def _can_export(training_client: TrainingClient) -> None:
+    if not training_client.capabilities.export:
+        raise CapabilityError("the training backend cannot export weights", hint="use .without('save_final')")
+
+
+def _fresh_directory(path: Path) -> None:
+    """Make an empty directory; what an earlier try of this run left in it is removed."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
