@@ -63,7 +63,8 @@ class Kitchen:
         adapters: adapter by port; what is not given is the embedded default.
         home: directory for runs, blobs and the registry.
         sinks: where events go besides the run's log.
-        metrics_port: serve Prometheus metrics on this port of the loopback interface; 0 takes a free one.
+        metrics_port: serve Prometheus metrics on this port; 0 takes a free one.
+        metrics_host: the interface they are served on; loopback unless said.
         registry: names known; unset: what the installed packages offer.
 
     Example::
@@ -82,6 +83,7 @@ class Kitchen:
         home: Path | str | None = None,
         sinks: Sequence[Sink] = (),
         metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
         registry: Registry | None = None,
         store: RunStore | None = None,
     ) -> None:
@@ -89,6 +91,7 @@ class Kitchen:
         self._home = Path(home).absolute() if home is not None else default_home()
         self._sinks = list(sinks)
         self._metrics_port = metrics_port
+        self._metrics_host = metrics_host
         self._registry = registry
         self._store = store
         self._built: dict[str, Any] = {}
@@ -127,7 +130,7 @@ class Kitchen:
             stack.push_async_callback(self._close_adapters)
             if self._metrics_port is not None:
                 prometheus = PrometheusSink()
-                self._metrics = await serve_metrics(prometheus.registry, self._metrics_port)
+                self._metrics = await serve_metrics(prometheus.registry, self._metrics_port, self._metrics_host)
                 stack.push_async_callback(self._metrics.aclose)
                 self._sinks.append(prometheus)
             self._group = await stack.enter_async_context(anyio.create_task_group())

@@ -1,0 +1,46 @@
+# One command per thing a person wants. Everything runs in .venv, which `install` makes and the others make when needed.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+EXTRAS := torch,data,envs,tensorboard,dev
+
+.PHONY: help install demo test e2e lint format bench clean
+
+help:
+	@echo "make demo     watch a small language model learn addition, get measured and registered (about 2 minutes)"
+	@echo "make test     lint, types, unit, contract and virtual-clock suites, the README's blocks (under 10 minutes)"
+	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
+	@echo "make bench    the tables of docs/benchmarks.md"
+	@echo "make install  the virtual environment only"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/crucible-kitchen run sums_demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/pytest -m "not e2e and not peers" --durations=10
+
+e2e: $(STAMP)
+	$(BIN)/pytest -m "e2e and not peers" --durations=10
+
+bench: $(STAMP)
+	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
