@@ -12,8 +12,8 @@ from crucible_kitchen.config import DataConfig, EvalConfig, ModelConfig, OptimCo
 from crucible_kitchen.errors import DatasetNotFound, EmptyDataset
 from crucible_kitchen.events import DataPrepared
 from crucible_kitchen.ports import Dataset, DatasetSpec, DatasetStore, EvalExample, Tokenizer, TrainingSession
-from crucible_kitchen.rendering import TokenizedDataset, epoch_order, eval_prompt, tokenize
-from crucible_kitchen.types import Datum
+from crucible_kitchen.rendering import TokenizedDataset, epoch_order, eval_example, read_row, tokenize
+from crucible_kitchen.types import Datum, Row
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -152,12 +152,10 @@ async def build_dataset(
     corpus: Corpus, session: TrainingSession, config: SupervisedDataConfig, run: Run
 ) -> AsyncIterator[TrainingData]:
     """Turn all rows into tokens, once and before the first step, so that a bad row is found now."""
-    limit = min(config.max_length, session.info.context_length)
-    settings = config.model_copy(update={"max_length": limit})
-    tokenized = await _tokenize(corpus.train, session.tokenizer, settings)
+    tokenized = await _tokenize(corpus.train, session, config)
     if len(tokenized) == 0:
         raise EmptyDataset(
-            f"no row of {config.dataset!r} has a token to train on within {limit} tokens",
+            f"no row of {config.dataset!r} has a token to train on within the longest sequence allowed",
             hint="raise max_length, or see train_on",
         )
     rows_per_step = config.batch_size * config.gradient_accumulation
@@ -167,7 +165,7 @@ async def build_dataset(
         name=config.dataset,
         fingerprint=await corpus.train.fingerprint(),
         tokenized=tokenized,
-        examples=await _examples(corpus.held_out, session, settings, run),
+        examples=await _examples(corpus.held_out, session, config, run),
         rows_per_step=rows_per_step,
         parts=config.gradient_accumulation,
         seed=config.seed,
@@ -177,14 +175,14 @@ async def build_dataset(
     if tokenized.truncated or tokenized.dropped:
         run.warn(
             "data.too_long",
-            f"{tokenized.truncated} rows were cut at {limit} tokens, {tokenized.dropped} were left out",
+            f"{tokenized.truncated} rows were cut at the longest sequence allowed, {tokenized.dropped} left out",
         )
     run.emit(
         DataPrepared(
             dataset=data.name,
             fingerprint=data.fingerprint,
             rows=len(tokenized),
-            tokens=tokenized.tokens,
+            tokens=tokenized.token_count,
             trained_tokens=tokenized.trained_tokens,
             truncated=tokenized.truncated,
             steps=data.total_steps,
@@ -193,13 +191,16 @@ async def build_dataset(
     yield data
 
 
-async def _tokenize(dataset: Dataset, tokenizer: Tokenizer, config: DataConfig) -> TokenizedDataset:
+async def _tokenize(dataset: Dataset, session: TrainingSession, config: DataConfig) -> TokenizedDataset:
+    tokenizer, context = session.tokenizer, session.info.context_length
     parts = []
     for start in range(0, len(dataset), ROWS_PER_CHUNK):
-        indices = range(start, min(start + ROWS_PER_CHUNK, len(dataset)))
-        rows = await dataset.rows(indices)
-        parts.append(await run_sync(tokenize, rows, tokenizer, config, first_row=start, prefix=dataset.split))
-    return TokenizedDataset.concat(parts)
+        rows = await dataset.rows(range(start, min(start + ROWS_PER_CHUNK, len(dataset))))
+        part = await run_sync(
+            tokenize, rows, tokenizer, config, first=start, split=dataset.split, context_length=context
+        )
+        parts.append(part)
+    return TokenizedDataset.join(parts)
 
 
 async def _examples(
@@ -209,14 +210,21 @@ async def _examples(
     if held_out is None:
         return ()
     rows = await held_out.rows(range(len(held_out)))
-    examples, too_long = [], 0
-    for index, row in enumerate(rows):
-        prompt, reference = await run_sync(eval_prompt, row, session.tokenizer, config, row_index=index)
-        if len(prompt) >= session.info.context_length:
-            too_long += 1
-            continue
-        key = f"{held_out.split}/{index}"
-        examples.append(EvalExample(key, tuple(prompt), reference, config.eval_labels))
-    if too_long:
-        run.warn("data.eval_too_long", f"{too_long} held-out rows leave no room for an answer and are left out")
-    return tuple(examples)
+    if read_row(rows[0], config.fields, 0).is_text:
+        run.warn("data.no_questions", "rows of running text ask nothing: nothing is evaluated")
+        return ()
+    everything = await run_sync(_questions, rows, session.tokenizer, config, held_out.split)
+    examples = tuple(e for e in everything if len(e.prompt) < session.info.context_length)
+    if len(examples) < len(everything):
+        left_out = len(everything) - len(examples)
+        run.warn("data.eval_too_long", f"{left_out} held-out rows leave no room for an answer and are left out")
+    return examples
+
+
+def _questions(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: SupervisedDataConfig, split: str
+) -> list[EvalExample]:
+    return [
+        eval_example(row, tokenizer, config, index=i, key=f"{split}/{i}", labels=config.eval_labels)
+        for i, row in enumerate(rows)
+    ]

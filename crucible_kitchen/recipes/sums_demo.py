@@ -1,0 +1,13 @@
+"""The demo: the built-in model learns two-digit sums, measured before and after on rows it never saw."""
+
+from crucible_kitchen.workflow.recipe import Recipe
+from crucible_kitchen.workflows.supervised import supervised
+
+__all__ = ["sums_demo"]
+
+sums_demo = Recipe(
+    "sums_demo",
+    supervised,
+    {"model": "tiny", "dataset": "sums", "eval_at_start": True, "register_as": "sums-tiny"},
+    description="The built-in tiny model learns two-digit sums: about a minute on two cores",
+)
