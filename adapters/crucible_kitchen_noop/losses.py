@@ -44,7 +44,8 @@ def check_datum(datum: Datum, needed: Sequence[str], vocab: int, context: int) -
 def evaluate(loss: Loss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]) -> LossValue:
     """Evaluate the loss of one group and check what it returned."""
     try:
-        value = loss(logprobs, [datum.loss_inputs for datum in datums])
+        with np.errstate(all="ignore"):  # what is not finite is found, and named, when the step is applied
+            value = loss(logprobs, [datum.loss_inputs for datum in datums])
     except Exception as error:
         raise BackendUserError(f"the loss {loss.name!r} raised {type(error).__name__}") from error
     shapes = [np.shape(d) for d in value.d_logprobs]

@@ -99,9 +99,10 @@ class BigramModel:
         self, table: Float64Array, tokens: IntArray, targets: IntArray, d_logprobs: Float64Array, into: Float64Array
     ) -> None:
         """Add d/d table of ``sum(d_logprobs * logprobs)`` to ``into`` [V, V]; all others are [T]."""
-        d_logits = -d_logprobs[:, None] * np.exp(log_softmax(table[tokens]))
-        d_logits[np.arange(len(tokens)), targets] += d_logprobs
-        np.add.at(into, tokens, d_logits)
+        with np.errstate(all="ignore"):
+            d_logits = -d_logprobs[:, None] * np.exp(log_softmax(table[tokens]))
+            d_logits[np.arange(len(tokens)), targets] += d_logprobs
+            np.add.at(into, tokens, d_logits)
 
     def gradients(self, d_table: Float64Array) -> dict[str, Float64Array]:
         """Return the gradient of each trained weight from the table's."""

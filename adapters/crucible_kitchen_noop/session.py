@@ -279,8 +279,9 @@ class NoopSession:
         if scope is not self._scope or scope.sum.calls == 0:
             raise BackendUserError(f"step {scope.index} has no gradient", hint="call forward_backward before apply")
         self._scope = None
-        gradients = self._model.gradients(scope.sum.total() * scale)
-        norm = float(np.sqrt(sum(float(np.sum(g * g)) for g in gradients.values())))
+        with np.errstate(all="ignore"):
+            gradients = self._model.gradients(scope.sum.total() * scale)
+            norm = float(np.sqrt(sum(float(np.sum(g * g)) for g in gradients.values())))
         if not scope.sum.finite or not np.isfinite(norm):
             raise NonFiniteLoss("the gradient" if scope.sum.finite else "the loss", scope.index, scope.sum.keys)
         if 0 < params.grad_clip_norm < norm:
