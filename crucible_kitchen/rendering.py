@@ -1,20 +1,21 @@
-"""Rows become tokens: which text a row holds, how the model wants it written, which tokens count in the loss.
+"""Rows become tokens: how the model wants them written, and which tokens count in the loss.
 
 Pure: it knows a tokenizer and the data part of a config, no dataset store, no model, no file.
 Read next: ``crucible_kitchen.stages.data``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crucible_kitchen.config import DataConfig
-from crucible_kitchen.errors import ConfigError, DataError, RowError, SequenceTooLong
+from crucible_kitchen.errors import DataError, RowError, SequenceTooLong
 from crucible_kitchen.ports.evaluator import EvalExample
 from crucible_kitchen.ports.tokenizer import Tokenizer
+from crucible_kitchen.rows import Example, read_row
 from crucible_kitchen.types import Datum, IntArray, Message, Row
 
 __all__ = [
@@ -30,43 +31,7 @@ __all__ = [
     "tokenize",
 ]
 
-PAIRS = (
-    ("prompt", ("completion", "response")),
-    ("instruction", ("response", "output")),
-    ("input", ("output",)),
-    ("question", ("answer",)),
-)
-"""Names of a prompt, and of the completions that go with it, in the order in which they are looked for."""
-
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""ShareGPT's names of the roles."""
-
-FIELDS = ("messages", "prompt", "completion", "text", "context", "labels")
-"""What ``DataConfig.fields`` can map."""
-
 _ASSISTANT = "assistant"
-_NO_TEXT = "is missing or empty"
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """What a row says, whatever its fields were called.
-
-    Attributes:
-        row: index of the row, for messages of errors.
-        messages: a conversation; empty if the row is none.
-        prompt: of a prompt and completion.
-        completion: what is to be learned: the completion, or the whole text of a row that has text only.
-        labels: the candidate answers, if the row names them.
-        is_text: the row is running text: there is no prompt.
-    """
-
-    row: int
-    messages: tuple[Message, ...] = ()
-    prompt: str = ""
-    completion: str = ""
-    labels: tuple[str, ...] = ()
-    is_text: bool = False
 
 
 class Rendered(NamedTuple):
@@ -75,119 +40,6 @@ class Rendered(NamedTuple):
     tokens: list[int]
     weights: list[bool]
     truncated: bool = False
-
-
-# --- rows to examples ------------------------------------------------------------------------------------------------
-
-
-def read_row(row: Row, fields: Mapping[str, str], index: int = 0) -> Example:
-    """Find out what a row says.
-
-    Shapes, in the order in which they are looked for: ``messages`` (role, content) or ``conversations`` (ShareGPT's
-    from, value, or role, content); prompt and completion under the names of ``PAIRS``, where a prompt and completion
-    may be lists of messages and an ``instruction`` may have an ``input`` as context; ``text``. ``labels`` beside any
-    of them names candidate answers. ``fields`` maps our names (``FIELDS``) to the row's and wins over its shape.
-
-    Raises:
-        ConfigError: ``fields`` maps a name that is none of ours.
-        RowError: a field is missing or of the wrong kind.
-    """
-    unknown = sorted(set(fields) - set(FIELDS))
-    if unknown:
-        raise ConfigError(f"config key 'fields' maps {unknown[0]!r}", hint=f"what can be mapped: {', '.join(FIELDS)}")
-    labels = tuple(_labels(row, fields.get("labels", "labels"), index))
-    conversation = next((key for key in _keys(fields, "messages", ("messages", "conversations")) if key in row), "")
-    if conversation or "messages" in fields:
-        key = conversation or fields["messages"]
-        return Example(index, messages=_messages(row, key, index), labels=labels)
-    pair = _pair_keys(row, fields)
-    if pair is not None:
-        return _pair(row, *pair, fields.get("context", ""), index, labels)
-    key = fields.get("text", "text")
-    if key not in row and "text" not in fields:
-        raise RowError(index, _first_missing(row), "is missing", hint=_shape_hint(row))
-    return Example(index, completion=_text(row, key, index), labels=labels, is_text=True)
-
-
-def _keys(fields: Mapping[str, str], name: str, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """Return where to look for a name: where ``fields`` says; nowhere, if it maps another shape; as usual."""
-    if name in fields:
-        return (fields[name],)
-    return () if {"prompt", "completion", "text"} & set(fields) else usual
-
-
-def _pair_keys(row: Row, fields: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return the names of a row's prompt and completion, or None if it is not of this shape."""
-    if "prompt" in fields or "completion" in fields:
-        usual = next(((p, c) for p, cs in PAIRS for c in cs if p in row or c in row), ("prompt", "completion"))
-        return fields.get("prompt", usual[0]), fields.get("completion", usual[1])
-    if "text" in fields:
-        return None
-    return next(((p, c) for p, cs in PAIRS for c in cs if p in row and c in row), None)
-
-
-def _pair(row: Row, prompt: str, completion: str, context: str, index: int, labels: tuple[str, ...]) -> Example:
-    if isinstance(row.get(prompt), list) and isinstance(row.get(completion), list):
-        messages = _messages(row, prompt, index) + _messages(row, completion, index)
-        return Example(index, messages=messages, labels=labels)
-    text = _text(row, prompt, index)
-    context = context or ("input" if prompt == "instruction" else "")
-    if context and row.get(context):
-        text = f"{text}\n\n{_text(row, context, index)}"
-    return Example(index, prompt=text, completion=_text(row, completion, index), labels=labels)
-
-
-def _text(row: Row, key: str, index: int) -> str:
-    if key not in row or row[key] is None:
-        raise RowError(index, key, "is missing", hint=_shape_hint(row))
-    if not isinstance(row[key], str):
-        raise RowError(index, key, f"should be text, is {type(row[key]).__name__}", hint=_shape_hint(row))
-    return str(row[key])
-
-
-def _labels(row: Row, key: str, index: int) -> Sequence[str]:
-    value = row.get(key)
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(label, str) for label in value):
-        raise RowError(index, key, "should be a list of texts, the candidate answers")
-    return value
-
-
-def _messages(row: Row, key: str, index: int) -> tuple[Message, ...]:
-    turns = row.get(key)
-    if turns is None:
-        raise RowError(index, key, "is missing", hint=_shape_hint(row))
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise RowError(index, key, "should be a list of one or more messages")
-    return tuple(_message(turn, f"{key}[{place}]", index) for place, turn in enumerate(turns))
-
-
-def _message(turn: Any, where: str, index: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(index, where, f"should be an object with role and content, is {type(turn).__name__}")
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    for key in (role_key, content_key):
-        if not isinstance(turn.get(key), str):
-            kind = type(turn[key]).__name__ if turn.get(key) is not None else "missing"
-            raise RowError(index, f"{where}.{key}", f"should be text, is {kind}")
-    role = turn[role_key]
-    return Message(ROLES.get(role, role), turn[content_key])
-
-
-def _first_missing(row: Row) -> str:
-    """Return the field whose absence makes a row unreadable: the other half of a pair, else ``prompt``."""
-    for prompt, completions in PAIRS:
-        if prompt in row:
-            return completions[0]
-        if completions[0] in row:
-            return prompt
-    return "prompt"
-
-
-def _shape_hint(row: Row) -> str:
-    names = ", ".join(sorted(str(key) for key in row)[:12]) or "none"
-    return f"the row's fields: {names}; fields={{...}} says which of them is meant, or fix the row"
 
 
 # --- examples to tokens ----------------------------------------------------------------------------------------------
@@ -292,10 +144,10 @@ def _render_chat(
 def _span(messages: tuple[Message, ...], i: int, tokens: list[int], tokenizer: Tokenizer, row: int) -> tuple[int, int]:
     """Return where message ``i`` says something: from behind its header to its end token, as [start, stop)."""
     through = tokenizer.render_chat(messages[: i + 1], generation_prompt=False)
-    _require_prefix(through, tokens, i, row)
+    _require_prefix(through, tokens, row, f"writes message {i} differently once other messages follow")
     if messages[i].role == _ASSISTANT:
         before = tokenizer.render_chat(messages[:i], generation_prompt=True) if i else []
-        _require_prefix(before, through, i, row)
+        _require_prefix(before, through, row, f"does not write message {i} as the generation prompt opens it")
         start = len(before)
     else:
         silent = (*messages[:i], Message(messages[i].role, ""))
@@ -304,11 +156,10 @@ def _span(messages: tuple[Message, ...], i: int, tokens: list[int], tokenizer: T
     return start, ends[-1] + 1 if ends else len(through)
 
 
-def _require_prefix(part: list[int], whole: list[int], i: int, row: int) -> None:
+def _require_prefix(part: list[int], whole: list[int], row: int, problem: str) -> None:
     if whole[: len(part)] != part:
         raise DataError(
-            f"row {row}: the chat template writes message {i} differently once other messages follow, so its tokens "
-            "cannot be told apart",
+            f"row {row}: the chat template {problem}, so its tokens cannot be told apart",
             hint="use train_on=last_assistant_message or all_tokens, or give a chat_template that only ever appends",
         )
 
