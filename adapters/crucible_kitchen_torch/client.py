@@ -1,0 +1,100 @@
+"""The adapter ``training_client.torch``: options, capabilities, and sessions each with a thread of its own.
+
+Loads no torch until a session opens. Read next: ``session.py``.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Literal
+
+from crucible_kitchen.errors import MissingExtra
+from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
+from crucible_kitchen.types import JsonObject, SessionSpec
+from crucible_kitchen.workers import Lane
+from crucible_kitchen_torch.options import TorchOptions
+
+if TYPE_CHECKING:
+    from crucible_kitchen_torch.trainer import Trainer
+
+__all__ = ["TorchTrainingClient"]
+
+
+class TorchTrainingClient:
+    """Trains and samples in this process with torch.
+
+    Models: ``tiny`` (built in), a local directory, a .gguf file or a hub id of transformers; LoRA or all weights.
+    For ``cross_entropy`` only positions whose weight is not zero are computed; ``logprobs`` is NaN elsewhere.
+
+    Args:
+        device: ``auto`` (a GPU if there is one), or a device of torch.
+        dtype: numbers of weights and computation. On CPUs without native bfloat16 float32 is by far the fastest.
+        threads: cores for each operation; None leaves it to torch.
+        tokens_per_microbatch: most positions, padding counted, of one forward and backward.
+        deterministic: refuse operations whose result changes from run to run; needed for equal bits on a GPU.
+
+    Raises:
+        ConfigError: an option has no such value.
+    """
+
+    synthetic = False
+
+    def __init__(
+        self,
+        *,
+        device: str = "auto",
+        dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+        threads: int | None = None,
+        tokens_per_microbatch: int = 4096,
+        deterministic: bool = False,
+    ) -> None:
+        self._options = TorchOptions(device, dtype, threads, tokens_per_microbatch, deterministic)
+
+    @property
+    def capabilities(self) -> TrainingCapabilities:
+        """See ``TrainingClient``."""
+        return TrainingCapabilities(
+            step_scale="exact",
+            losses=frozenset({"cross_entropy"}),
+            custom_loss="honoured",
+            recovery="rollback",
+            ordered_accumulation=True,
+            lora=True,
+            full_weights=True,
+            sampling=True,
+            export=True,
+            reproducible=True,
+        )
+
+    def open_session(self, spec: SessionSpec) -> AbstractAsyncContextManager[TrainingSession]:
+        """See ``TrainingClient``."""
+        return self._open(spec)
+
+    @asynccontextmanager
+    async def _open(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
+        async with Lane("torch") as lane:
+            trainer = await lane.run(_load, spec, self._options)
+            from crucible_kitchen_torch.session import TorchSession
+
+            async with TorchSession.opened(trainer, lane, self.capabilities) as session:
+                yield session
+
+    def public_options(self) -> JsonObject:
+        """See ``Adapter``."""
+        return self._options.to_json()
+
+    async def aclose(self) -> None:
+        """See ``Adapter``; sessions close with their own blocks."""
+
+
+def _load(spec: SessionSpec, options: TorchOptions) -> "Trainer":
+    """Import torch and open the model, in the lane's thread: both take seconds."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("torch", "torch") from error
+    import crucible_kitchen_torch.session  # noqa: F401 - what the session needs is imported off the loop as well
+    from crucible_kitchen_torch.faults import torch_errors
+    from crucible_kitchen_torch.trainer import Trainer
+
+    with torch_errors():
+        return Trainer(spec, options)

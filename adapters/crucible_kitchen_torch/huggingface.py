@@ -1,0 +1,199 @@
+"""Causal language models of transformers, with adapters of peft, as the executor uses them.
+
+Knows transformers and peft, not training. Code that comes with a model is never run. Read next: ``models.py``, the
+protocol it fulfils.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from crucible_kitchen.errors import CapabilityError, MissingExtra, ModelNotFound
+from crucible_kitchen.types import ExportedModel, LoraSpec, SessionSpec
+from crucible_kitchen_torch.faults import storage_errors
+from crucible_kitchen_torch.lora import check_targets
+from crucible_kitchen_torch.models import ModelFacts, Placement
+from crucible_kitchen_torch.tokenizers import HFTokenizer
+
+__all__ = ["HuggingFaceModel"]
+
+_log = logging.getLogger(__name__)
+
+
+class HuggingFaceModel:
+    """``CausalModel`` of an ``AutoModelForCausalLM``.
+
+    Args:
+        causal: the model, with adapters injected if there are any.
+        peft: peft's wrapper around it, or None.
+        tokenizer: its tokenizer.
+    """
+
+    module: Module
+
+    def __init__(self, causal: Any, peft: Any, tokenizer: HFTokenizer) -> None:
+        self.module = causal
+        self._causal = causal
+        self._peft = peft
+        self.tokenizer = tokenizer
+        self.facts = _facts(causal, tokenizer)
+        self._decoder = causal.get_decoder()
+        self._split = self._can_split()
+
+    @classmethod
+    def open(cls, spec: SessionSpec, place: Placement, path: Path | None) -> "HuggingFaceModel":
+        """Load model and tokenizer from a directory, a .gguf file or the hub."""
+        causal, inner = _load(spec.model, path, place)
+        eos = causal.config.get_text_config().eos_token_id
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        vocab_size = int(causal.get_input_embeddings().weight.shape[0])
+        tokenizer = HFTokenizer(inner, vocab_size, spec.chat_template, eos)
+        peft = _add_lora(causal, spec.lora) if spec.lora is not None else None
+        return cls(causal, peft, tokenizer)
+
+    @torch.no_grad()
+    def _can_split(self) -> bool:
+        """Whether the output layer applied to the decoder's states gives the model's own scores.
+
+        It does for most; some cap or scale the scores afterwards, and then only the whole model tells the truth.
+        """
+        probe = torch.tensor([[1, 2, 3, 2]], device=self._causal.device) % self.facts.vocab_size
+        states = self._decoder(input_ids=probe, use_cache=False).last_hidden_state
+        whole = self._causal(input_ids=probe, use_cache=False).logits
+        parts = self._causal.get_output_embeddings()(states)
+        same = parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-4, atol=1e-5)
+        if not same:
+            _log.info(
+                "%s changes its scores after the output layer: scores are computed whole", self.facts.architecture
+            )
+        return same
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """See ``CausalModel``; the scores themselves where the model cannot be split."""
+        if self._split:
+            return self._decoder(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self._causal(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """See ``CausalModel``."""
+        return self._causal.get_output_embeddings()(hidden) if self._split else hidden
+
+    def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """See ``CausalModel``."""
+        out = self._causal(
+            input_ids=tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], out.past_key_values
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        """See ``CausalModel``."""
+        cache.batch_select_indices(rows)
+        return cache
+
+    def export(self, directory: Path) -> ExportedModel:
+        """Write adapters (``peft``) or the whole model (``transformers``), and the tokenizer."""
+        name = str(self._causal.config._name_or_path)
+        with storage_errors("the exported model"):
+            if self._peft is not None:
+                self._peft.save_pretrained(directory, save_embedding_layers=False)
+            else:
+                self._causal.save_pretrained(directory)
+            self.tokenizer.inner.save_pretrained(directory)
+        files = tuple(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
+        return ExportedModel(str(directory), "peft" if self._peft is not None else "transformers", files, name)
+
+
+def _facts(causal: Any, tokenizer: HFTokenizer) -> ModelFacts:
+    config = causal.config.get_text_config()
+    ends = {tokenizer.eos_id}
+    generation = getattr(causal, "generation_config", None)
+    more = getattr(generation, "eos_token_id", None)
+    ends.update(more if isinstance(more, list) else [] if more is None else [more])
+    return ModelFacts(
+        architecture=type(causal).__name__,
+        context_length=int(getattr(config, "max_position_embeddings", 0) or 2048),
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=int(config.hidden_size),
+        end_ids=frozenset(ends),
+    )
+
+
+def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
+    """Load model and tokenizer.
+
+    Raises:
+        ModelNotFound: there is no such model, or its files cannot be read.
+        MissingExtra: transformers, or gguf for a .gguf file, is not installed.
+    """
+    transformers = _transformers()
+    source = str(path or model)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if path is not None and path.is_file():
+        _require_gguf()
+        source = str(path.parent)
+        options["gguf_file"] = path.name
+    if path is not None:
+        options["local_files_only"] = True
+    try:
+        causal = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=place.dtype, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "hub id" if path is None else "path"
+        raise ModelNotFound(
+            f"the {kind} {model!r} does not lead to a causal language model: {type(error).__name__}",
+            hint="the directory needs config.json, tokenizer files and *.safetensors; a hub id needs a connection",
+        ) from error
+    causal.to(place.device)
+    causal.eval()
+    return causal, tokenizer
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "torch") from error
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("gguf", "torch") from error
+
+
+def _add_lora(causal: Any, spec: LoraSpec) -> Any:
+    """Inject adapters into the model in place and return peft's wrapper.
+
+    Raises:
+        CapabilityError: a target matches nothing, or peft cannot adapt it.
+        MissingExtra: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtra("peft", "torch") from error
+    check_targets(causal, spec.targets)
+    config = peft.LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(causal, config)
+    except ValueError as error:
+        first = str(error).partition("\n")[0][:200]
+        raise CapabilityError(f"the model cannot take these adapters: {first}", hint="set lora_targets") from error

@@ -1,0 +1,134 @@
+"""What the executor needs of a model, and how a name becomes one.
+
+Knows neither training nor sampling. Read next: ``tiny_backend.py`` and ``huggingface.py``, the two kinds of model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from crucible_kitchen.errors import ModelNotFound
+from crucible_kitchen.ports.tokenizer import Tokenizer
+from crucible_kitchen.types import ExportedModel, SessionSpec
+
+__all__ = ["CausalModel", "ModelFacts", "Placement", "open_model", "resolve"]
+
+TINY_TYPE = "crucible-tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model lives and in which numbers it computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What ``SessionInfo`` tells of a model and the executor cannot count by itself."""
+
+    architecture: str
+    context_length: int
+    vocab_size: int
+    hidden_size: int
+    end_ids: frozenset[int]
+
+
+class CausalModel(Protocol):
+    """A language model as the executor uses it; used in one thread only.
+
+    Letters: B rows, T positions of a call, S positions seen so far, M chosen positions, D width, V vocabulary.
+    """
+
+    module: nn.Module
+    """Its parameters are trained where ``requires_grad`` says so, saved and frozen by name."""
+
+    facts: ModelFacts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        ...
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Map int64 [B, T], padded on the right, to what ``head`` takes, [B, T, D]."""
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Map [M, D] to scores [M, V]."""
+        ...
+
+    def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Score the token after the last of each row, and extend the cache.
+
+        Args:
+            tokens: int64 [B, T], padded on the *left*.
+            positions: int64 [B, T].
+            mask: bool [B, S], true where there is a token; S counts the cache and this call.
+            cache: what the last call returned; None at the beginning.
+
+        Returns:
+            scores [B, V] and the cache.
+        """
+        ...
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        """Return the cache of these rows, in this order; a row may be named more than once."""
+        ...
+
+    def export(self, directory: Path) -> ExportedModel:
+        """Write the model with what was trained."""
+        ...
+
+
+def resolve(model: str) -> Path | None:
+    """Return the local path a model name means, or None for ``tiny`` and hub ids.
+
+    Raises:
+        ModelNotFound: it reads as a path and there is nothing.
+    """
+    if model == "tiny":
+        return None
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")
+    if looks_local or not model or "\\" in model:
+        raise ModelNotFound(
+            f"there is no model at {model!r}", hint="give `tiny`, an existing directory, a .gguf file or a hub id"
+        )
+    return None
+
+
+def open_model(spec: SessionSpec, place: Placement) -> CausalModel:
+    """Load or build the model of a session; the caller has seeded torch's generator.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        CapabilityError: the LoRA asked for does not fit the model.
+        MissingExtra: a package that this model needs is not installed.
+    """
+    path = resolve(spec.model)
+    if spec.model == "tiny" or (path is not None and _is_tiny(path)):
+        from crucible_kitchen_torch.tiny_backend import TinyBackend
+
+        return TinyBackend.open(spec, place, path)
+    from crucible_kitchen_torch.huggingface import HuggingFaceModel
+
+    return HuggingFaceModel.open(spec, place, path)
+
+
+def _is_tiny(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("model_type") == TINY_TYPE

@@ -1,0 +1,240 @@
+"""A training session: the async face of a ``Trainer``, whose work it passes to one thread in short turns.
+
+Knows no tensor. Read next: ``trainer.py``, ``sampling.py``.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+
+from crucible_kitchen.errors import BackendUserError, CapabilityError
+from crucible_kitchen.ports.tokenizer import Tokenizer
+from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingStepScope
+from crucible_kitchen.types import (
+    AdamParams,
+    Datum,
+    ExportedModel,
+    ForwardBackwardResult,
+    ForwardResult,
+    Loss,
+    OptimResult,
+    SessionInfo,
+    StateRef,
+)
+from crucible_kitchen.workers import Lane, PendingResult, Submissions
+from crucible_kitchen_torch.accumulate import Accumulation
+from crucible_kitchen_torch.sampling import TorchSampler
+from crucible_kitchen_torch.trainer import Trainer
+from crucible_kitchen_torch.turns import Turns
+
+__all__ = ["TorchSession"]
+
+R = TypeVar("R")
+
+
+class TorchSession:
+    """See ``TrainingSession``. Verbs run in the order of submission; sampling runs between their turns."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        turns: Turns,
+        submissions: Submissions,
+        group: anyio.abc.TaskGroup,
+        capabilities: TrainingCapabilities,
+    ) -> None:
+        self.trainer = trainer
+        self.turns = turns
+        self._submissions = submissions
+        self._group = group
+        self._capabilities = capabilities
+        self._info = trainer.info
+        self._scope: StepScope | None = None
+        self.dropped: list[PendingResult[Any]] = []
+        self._samplers: list[TorchSampler] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(
+        cls, trainer: Trainer, lane: Lane, capabilities: TrainingCapabilities
+    ) -> AsyncGenerator["TorchSession", None]:
+        """Open the session's task groups; leaving ends its calls and closes its samplers."""
+        failure: Exception | None = None
+        async with Submissions.open() as submissions, anyio.create_task_group() as group:
+            session = cls(trainer, Turns(lane), submissions, group, capabilities)
+            try:
+                yield session
+            except Exception as error:  # noqa: BLE001 - raised below: a task group would wrap it
+                failure = error
+            finally:
+                session._end()
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    def _end(self) -> None:
+        self._drop_open()
+        for sampler in self._samplers:
+            sampler.close()
+
+    @property
+    def info(self) -> SessionInfo:
+        """See ``TrainingSession``."""
+        return self._info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See ``TrainingSession``."""
+        return self.trainer.model.tokenizer
+
+    @property
+    def capabilities(self) -> TrainingCapabilities:
+        """See ``TrainingSession``."""
+        return self._capabilities
+
+    @property
+    def position(self) -> int:
+        """See ``TrainingSession``."""
+        return self.trainer.position
+
+    def step(self, index: int) -> AbstractAsyncContextManager[TrainingStepScope]:
+        """See ``TrainingSession``; the index is checked on entering, once earlier calls have ended."""
+        return self._step(index)
+
+    @asynccontextmanager
+    async def _step(self, index: int) -> AsyncGenerator[TrainingStepScope, None]:
+        self._drop_open()
+        if self._scope is not None and self._scope.index == index:
+            self._scope.release()
+        await self._call(_nothing)
+        if index != self.position:
+            raise BackendUserError(
+                f"step {index} cannot be opened: the session is at step {self.position}",
+                hint="load the state of that step first",
+            )
+        scope = self._scope = StepScope(self, index)
+        try:
+            yield scope
+        finally:
+            if not scope.applied:
+                scope.drop()
+
+    def _drop_open(self) -> None:
+        if self._scope is not None and not self._scope.applied:
+            self._scope.drop()
+
+    async def submit(self, call: Callable[[], Awaitable[R]]) -> PendingResult[R]:
+        """Submit a call behind all others, once those of dropped steps have ended: their failures concern nobody."""
+        while self.dropped:
+            first = self.dropped[0]
+            with suppress(Exception):
+                await first
+            self.dropped = [call for call in self.dropped if call is not first]
+        return self._submissions.submit(call)
+
+    async def _call(self, call: Callable[[], Awaitable[R]]) -> R:
+        return await (await self.submit(call))
+
+    async def forward(self, datums: Sequence[Datum]) -> PendingResult[ForwardResult]:
+        """See ``TrainingSession``."""
+        return await self.submit(lambda: self._forward(tuple(datums)))
+
+    async def _forward(self, datums: Sequence[Datum]) -> ForwardResult:
+        return ForwardResult(await self.turns.all(lambda: self.trainer.forward(datums)))
+
+    async def save_state(self, name: str) -> StateRef:
+        """See ``TrainingSession``."""
+        return await self._call(lambda: self.turns.one(self.trainer.save, name))
+
+    async def load_state(self, state: StateRef) -> None:
+        """See ``TrainingSession``."""
+        self._drop_open()
+        await self._call(lambda: self.turns.one(self.trainer.load, state))
+
+    async def sampler(self) -> TorchSampler:
+        """See ``TrainingSession``."""
+        snapshot = await self._call(lambda: self.turns.one(self.trainer.snapshot))
+        sampler = TorchSampler(self.trainer, snapshot, self.turns, self._group)
+        self._samplers = [s for s in self._samplers if not s.closed]
+        self._samplers.append(sampler)
+        return sampler
+
+    async def export(self, directory: str) -> ExportedModel:
+        """See ``TrainingSession``."""
+        return await self._call(lambda: self.turns.one(self.trainer.export, directory))
+
+
+class StepScope:
+    """See ``TrainingStepScope``."""
+
+    def __init__(self, session: TorchSession, index: int) -> None:
+        self._session = session
+        self._accumulation = Accumulation()
+        self._calls: list[PendingResult[Any]] = []
+        self._failure: Exception | None = None
+        self._dropped = False
+        self.applied = False
+        self.index = index
+
+    def drop(self) -> None:
+        """Give up what was accumulated; calls that are under way end at their next turn."""
+        self._dropped = True
+        self._accumulation = Accumulation()
+        self.release()
+
+    def release(self) -> None:
+        """Let nobody fail for calls of this step that were not awaited."""
+        self._session.dropped += self._calls
+        self._calls = []
+
+    async def forward_backward(
+        self, datums: Sequence[Datum], loss: str | Loss = "cross_entropy", *, order: int | None = None
+    ) -> PendingResult[ForwardBackwardResult]:
+        """See ``TrainingStepScope``."""
+        self._check()
+        if isinstance(loss, str) and loss not in self._session.capabilities.losses:
+            raise CapabilityError(f"there is no built-in loss {loss!r}", hint="use cross_entropy or give a Loss object")
+        return await self._submit(lambda: self._gradient(tuple(datums), loss, order))
+
+    async def _gradient(self, datums: Sequence[Datum], loss: str | Loss, order: int | None) -> ForwardBackwardResult:
+        trainer = self._session.trainer
+        into = self._accumulation
+        try:
+            return await self._session.turns.all(lambda: trainer.gradient(datums, loss, into, order), self._check_kept)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    async def apply(self, params: AdamParams, *, scale: float = 1.0) -> PendingResult[OptimResult]:
+        """See ``TrainingStepScope``."""
+        self._check()
+        self.applied = True
+        return await self._submit(lambda: self._apply(params, scale))
+
+    async def _apply(self, params: AdamParams, scale: float) -> OptimResult:
+        """Take the step, unless a part of its gradient is missing."""
+        self._check_kept()
+        if self._failure is not None:
+            raise self._failure
+        accumulated, self._accumulation = self._accumulation, Accumulation()
+        return await self._session.turns.one(self._session.trainer.apply, accumulated, params, scale)
+
+    async def _submit(self, call: Callable[[], Awaitable[R]]) -> PendingResult[R]:
+        pending = await self._session.submit(call)
+        self._calls.append(pending)
+        return pending
+
+    def _check(self) -> None:
+        if self.applied or self._dropped:
+            raise BackendUserError(f"step {self.index} is over", hint="open the next step with session.step()")
+
+    def _check_kept(self) -> None:
+        if self._dropped:
+            raise BackendUserError(f"step {self.index} was left before this call ended")
+
+
+async def _nothing() -> None:
+    """Return once all calls before this one have ended."""

@@ -1,0 +1,296 @@
+"""The executor's state and its computations, all of them synchronous and all in one thread, the session's lane.
+
+Knows nothing of async code. Its invariant: between two calls no autograd graph is alive, so weights may be swapped.
+Read next: ``session.py``, its async face.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crucible_kitchen.errors import BackendUserError, ConfigError, NonFiniteLoss
+from crucible_kitchen.types import (
+    AdamParams,
+    Array,
+    Datum,
+    ExportedModel,
+    ForwardBackwardResult,
+    JsonObject,
+    Loss,
+    OptimResult,
+    SessionInfo,
+    SessionSpec,
+    StateRef,
+)
+from crucible_kitchen_torch.accumulate import Accumulation, Pass, check_datums, combine_metrics
+from crucible_kitchen_torch.models import Placement, open_model
+from crucible_kitchen_torch.optim import Adam
+from crucible_kitchen_torch.options import TorchOptions
+from crucible_kitchen_torch.randomness import SessionRng
+from crucible_kitchen_torch.states import read_state, write_state
+
+__all__ = ["Snapshot", "Trainer"]
+
+_END = object()
+
+
+class Snapshot:
+    """The trained weights as they were at one step.
+
+    Until the next optimizer step it refers to the live weights; ``Trainer`` gives it copies just before they change,
+    and only if a sampler still holds it.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.holders = 0
+        self.weights: dict[str, Tensor] | None = None
+
+    def release(self) -> None:
+        """Give up one hold; copies go with the last."""
+        self.holders -= 1
+        if self.holders <= 0:
+            self.weights = None
+
+
+class Trainer:
+    """One model in training.
+
+    Args:
+        spec: what the session was opened on.
+        options: the executor's.
+
+    Raises:
+        ModelNotFound: there is no such model.
+        CapabilityError: the LoRA asked for does not fit the model.
+    """
+
+    def __init__(self, spec: SessionSpec, options: TorchOptions) -> None:
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self._place = placement(options)
+        if options.deterministic:
+            torch.use_deterministic_algorithms(mode=True)
+        self._spec = spec
+        self.budget = options.tokens_per_microbatch
+        self.rng = SessionRng(spec.seed, self._place.device)
+        with self.rng.borrow():
+            self.model = open_model(spec, self._place)
+        self._module = self.model.module.eval()
+        self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
+        self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        self._adam = Adam(self._params)
+        self._snapshot: Snapshot | None = None
+        self.position = 0
+
+    @property
+    def info(self) -> SessionInfo:
+        """Facts about the model."""
+        facts = self.model.facts
+        return SessionInfo(
+            model=self._spec.model,
+            architecture=facts.architecture,
+            parameters=sum(p.numel() for p in self._module.parameters()),
+            trainable_parameters=sum(p.numel() for p in self._params.values()),
+            context_length=facts.context_length,
+            vocab_size=facts.vocab_size,
+            hidden_size=facts.hidden_size,
+            lora_rank=self._spec.lora.rank if self._spec.lora else 0,
+            device=str(self._place.device),
+            dtype=str(self._place.dtype).removeprefix("torch."),
+        )
+
+    def gradient(
+        self, datums: Sequence[Datum], loss: str | Loss, into: Accumulation, order: int | None
+    ) -> Iterator[ForwardBackwardResult | None]:
+        """Add the gradient of the summed loss to an accumulation, one micro-batch per turn; the result comes last.
+
+        The accumulation is touched at the end only: what is broken off leaves nothing behind.
+        """
+        self._check(datums, ("target_tokens", "weights") if isinstance(loss, str) else ("target_tokens",))
+        into.admit(order)
+        work = Pass(self.model, datums, loss, self.budget)
+        self._module.zero_grad(set_to_none=True)
+        for _ in self._in_training_mode(work.run()):
+            yield None
+        into.keys += (keys := [d.key for d in datums])
+        if not math.isfinite(work.total):
+            raise NonFiniteLoss("the loss", self.position, keys)
+        into.add([p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params.values()], order)
+        self._module.zero_grad(set_to_none=True)
+        yield ForwardBackwardResult(
+            loss=work.total,
+            weight=math.fsum(_weight(d) for d in datums),
+            tokens=sum(len(d) for d in datums),
+            logprobs=work.logprobs,
+            metrics=combine_metrics(work.metrics),
+        )
+
+    def forward(self, datums: Sequence[Datum], at: Snapshot | None = None) -> Iterator[list[Array] | None]:
+        """Compute target log-probabilities, one micro-batch per turn; the result comes last."""
+        self._check(datums, ("target_tokens",))
+        work = Pass(self.model, datums, None, self.budget)
+        turns = work.run()
+        more = True
+        while more:
+            with self.weights(at):
+                more = next(turns, _END) is not _END
+            yield None
+        yield work.logprobs
+
+    def _check(self, datums: Sequence[Datum], needed: Sequence[str]) -> None:
+        check_datums(datums, needed, self.model.facts.vocab_size, self.model.facts.context_length)
+
+    def _in_training_mode(self, work: Iterator[None]) -> Iterator[None]:
+        """Turn the adapters' dropout on during each turn; the base model's own dropout stays off.
+
+        Base models are frozen or fine-tuned as they are served: their dropout would make a gradient depend on how the
+        batch was split.
+        """
+        while True:
+            if self._dropouts:
+                with self.rng.borrow(), _training(self._dropouts):
+                    done = next(work, _END) is _END
+            else:
+                done = next(work, _END) is _END
+            if done:
+                return
+            yield
+
+    def apply(self, accumulated: Accumulation, params: AdamParams, scale: float) -> OptimResult:
+        """Take one optimizer step with an accumulated gradient.
+
+        Raises:
+            BackendUserError: nothing was accumulated.
+            NonFiniteLoss: the gradient is not finite; the weights are as they were.
+        """
+        grads = accumulated.total()
+        if grads is None:
+            raise BackendUserError(f"step {self.position} has no gradient to apply", hint="call forward_backward first")
+        norm = self._adam.norm(grads, scale)
+        if not math.isfinite(norm):
+            raise NonFiniteLoss("the gradient", self.position, accumulated.keys)
+        self._freeze_snapshot()
+        self._adam.apply(grads, norm, params)
+        self.position += 1
+        return OptimResult(self.position, norm)
+
+    def snapshot(self) -> Snapshot:
+        """Return the weights as they are now, held once more."""
+        if self._snapshot is None:
+            self._snapshot = Snapshot(self.position)
+        self._snapshot.holders += 1
+        return self._snapshot
+
+    @torch.no_grad()
+    def _freeze_snapshot(self) -> None:
+        """Copy the live weights for those who hold them, just before they change."""
+        held, self._snapshot = self._snapshot, None
+        if held is not None and held.holders > 0:
+            held.weights = {n: p.detach().clone() for n, p in self._params.items()}
+
+    @contextmanager
+    def weights(self, at: Snapshot | None) -> Iterator[None]:
+        """Compute with the weights of a snapshot inside the block, in place of the live ones."""
+        if at is None or at.weights is None:
+            yield
+            return
+        live = {n: p.data for n, p in self._params.items()}
+        for n, p in self._params.items():
+            p.data = at.weights[n]
+        try:
+            yield
+        finally:
+            for n, p in self._params.items():
+                p.data = live[n]
+
+    def save(self, name: str) -> StateRef:
+        """Write weights that train, moments and random state."""
+        tensors = {f"weights/{n}": p.detach() for n, p in self._params.items()}
+        tensors |= {f"adam/{key}": t for key, t in self._adam.tensors().items()}
+        tensors |= {f"rng/{key}": t for key, t in self.rng.tensors().items()}
+        facts: JsonObject = {
+            "format": 1,
+            "step": self.position,
+            "model": self._spec.model,
+            "seed": self.rng.seed,
+            "requests": self.rng.requests,
+        }
+        return write_state(Path(self._spec.directory), name, tensors, facts)
+
+    @torch.no_grad()
+    def load(self, state: StateRef) -> None:
+        """Restore a state; nothing is changed unless all of it fits.
+
+        Raises:
+            IntegrityError: its bytes are not those that were saved.
+            BackendUserError: it is the state of another model.
+        """
+        tensors, facts = read_state(state)
+        weights = _below("weights/", tensors)
+        if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._params.items()}:
+            raise BackendUserError(
+                f"the state is one of {facts['model']!r} with other trained weights",
+                hint="open the session with the model and LoRA the state was saved with",
+            )
+        self._freeze_snapshot()
+        for n, p in self._params.items():
+            p.copy_(weights[n])
+        self._adam.restore(_below("adam/", tensors))
+        self.rng.restore(_below("rng/", tensors), int(facts["seed"]), int(facts["requests"]))
+        self.position = int(facts["step"])
+
+    def export(self, directory: str) -> ExportedModel:
+        """Write the model for use elsewhere.
+
+        Raises:
+            BackendUserError: the directory does not exist or is not empty.
+        """
+        path = Path(directory)
+        if not path.is_dir() or any(path.iterdir()):
+            raise BackendUserError("export needs a directory that exists and is empty", hint="make a new directory")
+        return self.model.export(path)
+
+
+def placement(options: TorchOptions) -> Placement:
+    """Return where to compute.
+
+    Raises:
+        ConfigError: torch does not know the device, or it is not there.
+    """
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"the device {options.device!r} cannot be used here", hint="device=auto or cpu") from error
+    return Placement(device, getattr(torch, options.dtype))
+
+
+def _weight(datum: Datum) -> float:
+    weights = datum.loss_inputs.get("weights")
+    return float(len(datum)) if weights is None else float(weights.sum(dtype="float64"))
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.p > 0
+
+
+@contextmanager
+def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,49 @@
+"""Long computations in short turns: between two turns the lane serves others, and a cancelled call ends.
+
+Knows lanes, not what is computed. Read next: ``crucible_kitchen.workers``.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar, cast
+
+from crucible_kitchen.workers import Lane
+from crucible_kitchen_torch.faults import torch_errors
+
+__all__ = ["Turns"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_END = object()
+
+
+class Turns:
+    """A lane whose functions raise errors of our tree only."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    async def one(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a function as one turn."""
+
+        def guarded() -> R:
+            with torch_errors():
+                return fn(*args, **kwargs)
+
+        return await self._lane.run(guarded)
+
+    async def all(self, start: Callable[[], Iterator[R | None]], check: Callable[[], None] = lambda: None) -> R:
+        """Run a generator to its end, one turn each time it yields, and return what it yielded last.
+
+        Args:
+            start: makes the generator; called in the lane.
+            check: called before each turn; what it raises ends the computation.
+        """
+        turns = await self.one(start)
+        result: R | None = None
+        while True:
+            check()
+            value = await self.one(next, turns, _END)
+            if value is _END:
+                assert result is not None, "a computation yields its result last"
+                return result
+            result = cast("R | None", value)
