@@ -20,7 +20,7 @@ import sniffio
 
 from crucible_kitchen.errors import SessionLost
 
-__all__ = ["Lane", "PendingResult", "Submissions", "inline", "run_sync"]
+__all__ = ["Lane", "PendingResult", "Submissions", "inline", "run_sync", "waker"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,7 +60,7 @@ class _Call:
         self.result: Any = None
         self.error: BaseException | None = None
         self.abandoned = False
-        self.wake = _waker()
+        self.wake = waker()
 
     def run(self) -> None:
         """Call the function in the lane's thread and wake whoever waits."""
@@ -75,8 +75,11 @@ class _Call:
             return
 
 
-def _waker() -> Callable[[Callable[[], object]], object]:
-    """Return a function that runs a callback on the current event loop from another thread."""
+def waker() -> Callable[[Callable[[], object]], object]:
+    """Return a function that runs a callback on the current event loop from another thread.
+
+    The function it returns raises ``RuntimeError`` once the loop is gone.
+    """
     if sniffio.current_async_library() == "trio":
         import trio
 

@@ -1,1 +1,23 @@
-"""store."""
+"""The run store: runs, their logs, artifacts and manifests, in SQLite or in memory.
+
+``SqliteRunStore`` and its database packages are imported on first use. Read next: ``crucible_kitchen.store.base``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from crucible_kitchen.store.base import FinalStatus, RunRecord, RunStatus, RunStore
+from crucible_kitchen.store.memory import MemoryRunStore
+
+if TYPE_CHECKING:
+    from crucible_kitchen.store.sqlite import SqliteRunStore
+
+__all__ = ["FinalStatus", "MemoryRunStore", "RunRecord", "RunStatus", "RunStore", "SqliteRunStore"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``SqliteRunStore``, and with it SQLAlchemy, when it is first asked for."""
+    if name == "SqliteRunStore":
+        from crucible_kitchen.store.sqlite import SqliteRunStore
+
+        return SqliteRunStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,281 @@
+"""The one thread that writes: it takes all that waits, writes it in one transaction, and reports once.
+
+It knows records, functions on a connection and their order; it knows no run and no waiter. Read next:
+``crucible_kitchen.store.sqlite``.
+"""
+
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import anyio
+import anyio.to_thread
+
+from crucible_kitchen.errors import CrucibleError, StorageFull, StoreError
+from crucible_kitchen.events import EventRecord
+from crucible_kitchen.store.codec import encode_json
+from crucible_kitchen.workers import waker
+
+__all__ = ["Commit", "Write", "Writer", "translated"]
+
+LINGER = 0.05
+"""Seconds an unhurried record may wait for company before it is written."""
+
+ROWS_PER_STATEMENT = 64
+"""Records written by one statement: SQLite gives the interpreter up once per statement, not once per record."""
+
+BATCH = 512
+"""Most records in one transaction: it bounds how long a commit takes and how long the interpreter is kept busy."""
+
+Commit = Callable[[dict[str, int], int], None]
+"""Called on the event loop after each commit: last seq by run, number of records."""
+
+
+def translated(error: Exception, doing: str) -> StoreError:
+    """Return the store's own error for one of the database's."""
+    original = getattr(error, "orig", None) or error
+    code = getattr(original, "sqlite_errorname", "") or ""
+    if code == "SQLITE_FULL" or getattr(original, "errno", None) == 28:  # ENOSPC
+        return StorageFull(f"the disk is full: {doing} failed; what was saved before is untouched", hint="free space")
+    if code.startswith("SQLITE_BUSY"):
+        return StoreError(f"{doing} failed: another process kept the run store locked", hint="try again")
+    if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+        return StoreError(f"{doing} failed: the file is not a run store, or damaged", hint="use another --home")
+    return StoreError(f"{doing} failed: {original}")
+
+
+class Write:
+    """One function on the writer's connection, and the task that waits until what it did is committed.
+
+    Args:
+        fn: called in the writer's thread, inside the transaction; an error of this project's tree, or a constraint
+            that did not hold, is its own answer and leaves the rest of the transaction alone.
+        barrier: the commit reaches the disk itself before it is reported, so that it survives a power loss.
+    """
+
+    __slots__ = ("barrier", "done", "error", "fn", "result")
+
+    def __init__(self, fn: Callable[[sqlite3.Connection], Any], *, barrier: bool = False) -> None:
+        self.fn = fn
+        self.barrier = barrier
+        self.done = anyio.Event()
+        self.error: Exception | None = None
+        self.result: Any = None
+
+
+class Failure(Protocol):
+    """Called on the event loop once, when nothing can be written any more."""
+
+    def __call__(self, error: StoreError) -> None: ...
+
+
+class Writer:
+    """A thread that appends event records and runs writes, in the order given, with group commit.
+
+    Args:
+        connect: opens the connection; called in the thread.
+        insert: the statement that inserts one event record, ending in ``VALUES (...)``.
+        committed: told, on the event loop, what each commit made durable; once per commit.
+        failed: told, on the event loop, that a commit failed; the thread then answers everything with this error.
+    """
+
+    def __init__(
+        self, connect: Callable[[], sqlite3.Connection], insert: str, committed: Commit, failed: Failure
+    ) -> None:
+        self._connect = connect
+        head, _, values = insert.partition("VALUES")
+        # Statement n inserts n records at once; each is prepared once, by the driver's own cache.
+        self._inserts = [head + "VALUES" + ",".join([values] * n) for n in range(ROWS_PER_STATEMENT + 1)]
+        self._committed = committed
+        self._failed = failed
+        self._queue: deque[EventRecord | Write | None] = deque()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._asleep = False
+        self._error: StoreError | None = None
+        self._thread = threading.Thread(target=self._work, name="crucible-run-store", daemon=True)
+
+    # On the event loop.
+
+    def start(self) -> None:
+        """Start the thread; it reports to the event loop that this is called from."""
+        self._wake = waker()
+        self._thread.start()
+
+    def put(self, record: EventRecord) -> None:
+        """Queue a record; ``notice`` or ``hurry`` tells the thread."""
+        self._queue.append(record)
+
+    def notice(self) -> None:
+        """See to it that the thread looks at the queue within ``LINGER``."""
+        if self._asleep:
+            self._asleep = False
+            self._ring()
+
+    def hurry(self) -> None:
+        """Make the thread write what is queued now."""
+        self._asleep = False
+        self._ring()
+
+    async def run(self, write: Write) -> Any:
+        """Queue a write and return its result once it is committed; cancelling waits, so that its fate is known."""
+        self._queue.append(write)
+        self.hurry()
+        with anyio.CancelScope(shield=True):
+            await write.done.wait()
+        if write.error is not None:
+            raise write.error
+        return write.result
+
+    async def aclose(self) -> None:
+        """Write all that is queued and end the thread."""
+        self._queue.append(None)
+        self.hurry()
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._thread.join)
+
+    def _ring(self) -> None:
+        # A lock used as a bell: releasing wakes the thread; one that is already free is a bell already rung.
+        try:
+            self._bell.release()
+        except RuntimeError:
+            return
+
+    # In the thread.
+
+    def _work(self) -> None:
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = self._connect()
+            self._wait()
+            while self._write_all(connection):
+                self._wait()
+        except Exception as error:  # noqa: BLE001 - carried to everyone who waits
+            self._stop(translated(error, "writing the run store"))
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _wait(self) -> None:
+        """Wait until something is queued.
+
+        While records come in, the thread looks every ``LINGER`` seconds, so that queueing one costs no wake-up (a
+        thread that wakes takes the interpreter from the run). It sleeps for good only when nothing came for so long.
+        """
+        if self._bell.acquire(timeout=LINGER) or self._queue:
+            return
+        self._asleep = True
+        if not self._queue:  # in this order: what is queued after this line rings the bell
+            self._bell.acquire()
+        self._asleep = False
+
+    def _write_all(self, connection: sqlite3.Connection) -> bool:
+        """Write what is queued; return False when the store closes."""
+        while self._queue:
+            batch: list[EventRecord | Write] = []
+            closing = False
+            while self._queue and len(batch) < BATCH:
+                item = self._queue.popleft()
+                if item is None:
+                    closing = True
+                    break
+                batch.append(item)
+            if batch:
+                self._transact(connection, batch)
+            if closing:
+                return False
+        return True
+
+    def _transact(self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write]) -> None:
+        writes = [item for item in batch if isinstance(item, Write)]
+        try:
+            last, count = self._apply(connection, batch, writes)
+        except Exception as error:
+            failure = translated(error, "writing the run store")
+            for write in writes:
+                write.error = failure
+            self._report(lambda: _set_all(writes))
+            raise
+        self._report(lambda: self._deliver(last, count, writes))
+
+    def _apply(
+        self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write], writes: Sequence[Write]
+    ) -> tuple[dict[str, int], int]:
+        barrier = any(write.barrier for write in writes)
+        single = not writes and len(batch) <= ROWS_PER_STATEMENT  # one statement is its own transaction
+        if barrier:
+            connection.execute("PRAGMA synchronous=FULL")
+        if not single:
+            connection.execute("BEGIN IMMEDIATE")
+        try:
+            last, count = self._apply_in_order(connection, batch)
+            if not single:
+                connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        if barrier:
+            connection.execute("PRAGMA synchronous=NORMAL")
+        return last, count
+
+    def _apply_in_order(
+        self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write]
+    ) -> tuple[dict[str, int], int]:
+        last: dict[str, int] = {}
+        count = rows = 0
+        values: list[Any] = []
+        for item in batch:
+            if isinstance(item, EventRecord):
+                event = item.event
+                values += (item.run_id, item.seq, item.time, event.name, encode_json(event))
+                last[item.run_id] = item.seq
+                rows += 1
+                if rows < ROWS_PER_STATEMENT:
+                    continue
+            if rows:
+                connection.execute(self._inserts[rows], values)
+                count, rows, values = count + rows, 0, []
+            if isinstance(item, Write):
+                _perform(connection, item)
+        if rows:
+            connection.execute(self._inserts[rows], values)
+        return last, count + rows
+
+    def _deliver(self, last: dict[str, int], count: int, writes: Sequence[Write]) -> None:
+        if count:
+            self._committed(last, count)
+        _set_all(writes)
+
+    def _report(self, callback: Callable[[], object]) -> None:
+        try:
+            self._wake(callback)
+        except RuntimeError:  # the loop is gone: nobody waits any more
+            return
+
+    def _stop(self, error: StoreError) -> None:
+        """Report the failure, then answer what still comes with it, until closed."""
+        self._report(lambda: self._failed(error))
+        while True:
+            while self._queue:
+                item = self._queue.popleft()
+                if item is None:
+                    return
+                if isinstance(item, Write):
+                    item.error = error
+                    self._report(item.done.set)
+            self._bell.acquire()
+
+
+def _perform(connection: sqlite3.Connection, write: Write) -> None:
+    try:
+        write.result = write.fn(connection)
+    except (CrucibleError, sqlite3.IntegrityError) as error:
+        write.error = error
+
+
+def _set_all(writes: Sequence[Write]) -> None:
+    for write in writes:
+        write.done.set()
