@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crucible_kitchen.ports import TrainingClient, TrainingSession
+from crucible_kitchen.errors import CrucibleError
+from crucible_kitchen.ports import Pending, TrainingClient, TrainingSession
 from crucible_kitchen.testing.contracts.base import Suite, close, same_bits
 from crucible_kitchen.types import (
     AdamParams,
@@ -110,9 +111,19 @@ async def train(
     async with session.step(session.position) as step:
         pending = [await step.forward_backward(datums, loss) for datums in calls]
         applied = await step.apply(params, scale=scale)
-        for result in pending:
-            await result
+        failures = [failure for each in (*pending, applied) if (failure := await _failure(each))]
+        if failures:
+            raise failures[0]
         return await applied
+
+
+async def _failure(pending: Pending[object]) -> CrucibleError | None:
+    """Wait for a call and return how it failed, so that no failure is left that nobody awaited."""
+    try:
+        await pending
+    except CrucibleError as error:
+        return error
+    return None
 
 
 async def look(session: TrainingSession) -> list[Array]:
