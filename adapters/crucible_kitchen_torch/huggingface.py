@@ -5,6 +5,9 @@ protocol it fulfils.
 """
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,8 @@ class HuggingFaceModel:
         name = str(self._causal.config._name_or_path)
         with storage_errors("the exported model"):
             if self._peft is not None:
-                self._peft.save_pretrained(directory, save_embedding_layers=False)
+                with _without_peft_warnings():
+                    self._peft.save_pretrained(directory, save_embedding_layers=False)
             else:
                 self._causal.save_pretrained(directory)
             self.tokenizer.inner.save_pretrained(directory)
@@ -193,7 +197,16 @@ def _add_lora(causal: Any, spec: LoraSpec) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(causal, config)
+        with _without_peft_warnings():
+            return peft.get_peft_model(causal, config)
     except ValueError as error:
         first = str(error).partition("\n")[0][:200]
         raise CapabilityError(f"the model cannot take these adapters: {first}", hint="set lora_targets") from error
+
+
+@contextmanager
+def _without_peft_warnings() -> Iterator[None]:
+    """Keep to ourselves that peft asks transformers for an attribute under its older name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.abc
 
-from crucible_kitchen.errors import BackendUserError, CapabilityError
+from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingStepScope
 from crucible_kitchen.types import (
@@ -54,6 +54,7 @@ class TorchSession:
         self._info = trainer.info
         self._scope: StepScope | None = None
         self.dropped: list[PendingResult[Any]] = []
+        self._closed = False
         self._samplers: list[TorchSampler] = []
 
     @classmethod
@@ -76,6 +77,7 @@ class TorchSession:
             raise failure
 
     def _end(self) -> None:
+        self._closed = True
         self._drop_open()
         for sampler in self._samplers:
             sampler.close()
@@ -128,6 +130,8 @@ class TorchSession:
 
     async def submit(self, call: Callable[[], Awaitable[R]]) -> PendingResult[R]:
         """Submit a call behind all others, once those of dropped steps have ended: their failures concern nobody."""
+        if self._closed:
+            raise SessionLost("the session is closed", hint="open a new one and load its last state")
         while self.dropped:
             first = self.dropped[0]
             with suppress(Exception):
