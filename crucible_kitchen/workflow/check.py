@@ -5,47 +5,30 @@ type. It runs nothing but the stages' own ``validate`` hooks. Read next: ``cruci
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args, get_origin
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CrucibleError, WorkflowError
-from crucible_kitchen.ports import PORTS
-from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Positioned, When, Workflow, steps, walk
+from crucible_kitchen.errors import WorkflowError
+from crucible_kitchen.workflow.binding import LATER_PORTS, PORT_NAMES, RESERVED
+from crucible_kitchen.workflow.conditions import (
+    adapter_problems,
+    hook_problems,
+    nested_config,
+    port_optional,
+    ports_of,
+)
+from crucible_kitchen.workflow.nodes import Loop, Parallel, Positioned, When, Workflow, walk
+from crucible_kitchen.workflow.scope import Known, Scope, join, written_in
 from crucible_kitchen.workflow.stage import Parameter, Resource, Signature, Stage, Step, signature_of
-from crucible_kitchen.workflow.typing import fits, is_optional, recordable, type_name
+from crucible_kitchen.workflow.typing import fits, recordable, type_name
 
-__all__ = ["RESERVED", "check", "ports_of"]
+__all__ = ["PORT_NAMES", "RESERVED", "check", "nested_config", "ports_of"]
 
-_LATER_PORTS = ("hub_client", "feedback_client", "metrics_store", "embedding_client", "vector_store")
-PORT_NAMES = frozenset(PORTS) | frozenset(_LATER_PORTS)
-RESERVED = frozenset({"run", "config"}) | PORT_NAMES
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What is known of a name at a place: its type, whether every path wrote it, who wrote it."""
-
-    type: Any
-    definite: bool
-    writer: str
-    item: bool = False
-
-
-@dataclass
-class Scope:
-    """The names visible at a place. ``later`` are written further down in an enclosing loop's body."""
-
-    config: type[RunConfig]
-    names: dict[str, Known] = field(default_factory=dict)
-    later: dict[str, Known] = field(default_factory=dict)
-    closed: dict[str, str] = field(default_factory=dict)
-    depth: int = 0
-
-    def fork(self) -> "Scope":
-        """Return a copy whose changes do not show here."""
-        return Scope(self.config, dict(self.names), dict(self.later), dict(self.closed), self.depth)
+_NAME = re.compile(r"[\w.\-]+")
 
 
 def check(workflow: Workflow, *, adapters: Mapping[str, Any] | None = None, config: RunConfig | None = None) -> None:
@@ -61,42 +44,18 @@ def check(workflow: Workflow, *, adapters: Mapping[str, Any] | None = None, conf
     """
     checker = _Checker(adapters)
     scope = Scope(workflow.config)
-    checker.block(workflow.body, scope, workflow.name)
-    checker.names_are_unique(workflow)
+    resources = checker.block(workflow.body, scope, workflow.name)
+    scope.close(resources, workflow.name)
+    checker.names_are_good(workflow)
     for name in workflow.returns:
         checker.returned(name, scope, workflow.name)
-    if adapters is not None:
-        checker.adapters_fulfil_ports(workflow)
+    for path, text in adapter_problems(workflow, adapters) if adapters is not None else ():
+        checker.problem(path, text)
     if not checker.problems and config is not None:
-        checker.run_hooks(workflow, config, adapters or {})
+        for path, text in hook_problems(workflow, config, adapters or {}):
+            checker.problem(path, text)
     if checker.problems:
         raise WorkflowError(workflow.name, checker.problems)
-
-
-def ports_of(workflow: Workflow) -> dict[str, bool]:
-    """Return the ports a workflow reads: True where some stage cannot do without."""
-    found: dict[str, bool] = {}
-    for _, function in _functions(workflow):
-        for p in signature_of(function).parameters:
-            if p.name in PORT_NAMES:
-                found[p.name] = found.get(p.name, False) or not _port_optional(p)
-    return found
-
-
-def _functions(workflow: Workflow) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yield (path, function) for everything the engine will inject."""
-    for path, node in walk(workflow):
-        if isinstance(node, Step):
-            yield path, node.fn
-            yield from ((path, hook) for hook in node.hooks.validate)
-            if node.hooks.rollback:
-                yield path, node.hooks.rollback
-        elif isinstance(node, Loop):
-            yield path, node.over
-            if node.until:
-                yield path, node.until
-        elif isinstance(node, When):
-            yield path, node.test
 
 
 class _Checker:
@@ -138,15 +97,27 @@ class _Checker:
         for hook in step.hooks.validate:
             self._hook_reads(hook, scope, path)
         if step.hooks.rollback:
-            if scope.depth:
-                self.problem(path, "has a rollback inside a loop; compensations stand outside loops")
-            self._reads(step.hooks.rollback, _with_own_write(step, scope, path), path)
+            self._rollback(step, step.hooks.rollback, scope, path)
         if step.writes is None:
             return
         if isinstance(step, Stage) and not recordable(step.write_type):
             kind = type_name(step.write_type)
             self.problem(path, f"writes a {kind}, which cannot be recorded: make it a resource or return a reference")
-        self._write(step.writes, Known(step.write_type, step.on_error == "halt", path), scope, path)
+        live = isinstance(step, Resource)
+        self._write(step.writes, Known(step.write_type, step.on_error == "halt", path, live=live), scope, path)
+
+    def _rollback(self, step: Step, hook: Callable[..., Any], scope: Scope, path: str) -> None:
+        if scope.depth:
+            self.problem(path, "has a rollback inside a loop; compensations stand outside loops")
+        inner = scope.fork()
+        if step.writes:
+            live = isinstance(step, Resource)
+            inner.names[step.writes] = Known(step.write_type, definite=True, writer=path, live=live)
+        self._reads(hook, inner, path)
+        for p in signature_of(hook).parameters:
+            known = inner.names.get(p.name)
+            if known is not None and known.live and p.name not in RESERVED:
+                self.problem(path, f"its rollback reads {p.name!r}, which is closed when it runs; read what it left")
 
     def _write(self, name: str, known: Known, scope: Scope, path: str) -> None:
         before = scope.names.get(name)
@@ -158,78 +129,86 @@ class _Checker:
             self.problem(path, f"writes {name!r}, which is the item of the loop {before.writer}")
         elif before and not fits(known.type, before.type):
             have, was = type_name(known.type), type_name(before.type)
-            self.problem(
-                path, f"writes {name!r} as {have}, but {before.writer} wrote it as {was}; a name keeps its type"
-            )
+            text = f"writes {name!r} as {have}, but {before.writer} wrote it as {was}; a name keeps its type"
+            self.problem(path, text)
+        elif before and (before.live or known.live) and name not in scope.inherited:
+            text = f"writes {name!r}, which {before.writer} wrote; a resource has its name to itself until it closes"
+            self.problem(path, text)
         else:
             definite = known.definite or (before is not None and before.definite)
             scope.names[name] = replace(known, definite=definite)
             scope.closed.pop(name, None)
+            scope.inherited -= {name}
 
     def _when(self, node: When, scope: Scope, path: str) -> list[str]:
-        self._reads(node.test, scope, path)
+        self._selector(node.test, scope, path, "the test of a When")
         yes, no = scope.fork(), scope.fork()
         resources = self.block(node.body, yes, path) + self.block(node.otherwise, no, path)
-        _join(scope, yes, no)
+        for name in join(scope, yes, no):
+            a, b = yes.names[name], no.names[name]
+            self.problem(
+                path,
+                f"{a.writer} writes {name!r} as {type_name(a.type)}, {b.writer} as {type_name(b.type)}; "
+                "a name keeps its type",
+            )
         return resources
 
     def _loop(self, loop: Loop, scope: Scope, path: str) -> None:
-        self._reads(loop.over, scope, path)
+        self._selector(loop.over, scope, path, "what a loop is over")
         item = self._item_type(loop, path)
-        if loop.name in RESERVED or loop.name in scope.names:
+        if loop.name in RESERVED or loop.name in scope.names or loop.name in scope.later:
             self.problem(path, f"the loop's name {loop.name!r} is already taken here; give it a new one")
-        turn = scope.fork()
-        turn.depth += 1
+        turn = replace(scope.fork(), depth=scope.depth + 1, inherited=frozenset())
         turn.names[loop.name] = Known(item, definite=True, writer=path, item=True)
-        turn.later = scope.later | _written_below(loop, path)
-        resources = self.block(loop.body, turn, path)
-        self._close(turn, resources, path)
+        turn.later = scope.later | dict(written_in(loop.body, path))
+        turn.close(self.block(loop.body, turn, path), path)
         if loop.until:
-            self._reads(loop.until, turn, f"{path} (until)")
+            self._selector(loop.until, turn, f"{path} (until)", "until")
         turn.names.pop(loop.name, None)
-        _join(scope, turn, scope.fork())
+        inherited = scope.inherited
+        join(scope, turn, scope.fork())
+        scope.inherited = inherited
 
     def _item_type(self, loop: Loop, path: str) -> Any:
         returns = signature_of(loop.over).returns
         origin, args = get_origin(returns) or returns, get_args(returns)
         if origin is range:
             return int
-        if origin is Any or not isinstance(origin, type):
+        if origin is object or not isinstance(origin, type):
             return Any
-        if issubclass(origin, Sequence) or origin is Positioned or fits(origin, Positioned):
-            return args[0] if args else Any
-        if origin is not object:
-            self.problem(path, f"loops over a {type_name(returns)}; a Sequence, a range or a Positioned can be resumed")
+        indexed = hasattr(origin, "__len__") and hasattr(origin, "__getitem__") and not issubclass(origin, Mapping)
+        if indexed or fits(origin, Positioned):
+            one = len(args) == 1 or (len(args) == 2 and args[1] is Ellipsis)
+            return args[0] if one else Any
+        self.problem(path, f"loops over a {type_name(returns)}; a Sequence, a range or a Positioned can be resumed")
         return Any
 
     def _parallel(self, node: Parallel, scope: Scope, path: str) -> None:
-        writers: dict[str, str] = {}
-        merged = scope.fork()
+        written: dict[str, Known] = {}
+        closed = dict(scope.closed)
         for branch in node.branches:
-            inner = scope.fork()
-            resources = self.block(branch, inner, path)
-            written = {n for n, k in inner.names.items() if scope.names.get(n) is not k}
-            for name in sorted(written):
-                writer = inner.names[name].writer
-                if name in writers:
-                    self.problem(
-                        path,
-                        f"two branches write {name!r}: {writers[name]} and {writer}; branches write different names",
-                    )
-                writers[name] = writer
-            self._close(inner, resources, path)
-            for name in written & inner.names.keys():
-                known = inner.names[name]
-                merged.names[name] = known if node.on_error == "halt" else replace(known, definite=name in scope.names)
-            merged.closed |= inner.closed
-        scope.names, scope.closed = merged.names, merged.closed
+            inner = scope.copy_of_state()
+            inner.close(self.block(branch, inner, path), path)
+            closed |= inner.closed
+            for name, known in inner.names.items():
+                before = scope.names.get(name)
+                if known is before:
+                    continue
+                if name in written:
+                    both = f"{written[name].writer} and {known.writer}"
+                    self.problem(path, f"two branches write {name!r}: {both}; branches write different names")
+                if before is not None and before.live:
+                    self.problem(path, f"{known.writer} writes {name!r}, which is the open resource {before.writer}")
+                keeps = node.on_error == "halt" or (before is not None and before.definite)
+                written[name] = known if keeps else replace(known, definite=False)
+        scope.names |= written
+        scope.closed = closed
+        scope.inherited -= written.keys()
 
     def _nested(self, node: Workflow, scope: Scope, path: str) -> None:
-        inner = scope.fork()
-        inner.config = node.config
+        inner = replace(scope.copy_of_state(), config=node.config)
         self._nested_config(node, scope, path)
-        resources = self.block(node.body, inner, path)
-        self._close(inner, resources, path)
+        inner.close(self.block(node.body, inner, path), path)
         for name in node.returns:
             self.returned(name, inner, path)
             if name in inner.names:
@@ -241,26 +220,30 @@ class _Checker:
                 self.problem(
                     path,
                     f"needs a {node.config.__name__}, but the outer config is a {scope.config.__name__}; "
-                    f"inherit from it, or nest it with .at('<field>')",
+                    "inherit from it, or nest it with .at('<field>')",
                 )
             return
         outer_field = scope.config.model_fields.get(node.config_field)
         if outer_field is None:
-            self.problem(
-                path, f"takes its config from {node.config_field!r}, which {scope.config.__name__} does not have"
-            )
+            text = f"takes its config from {node.config_field!r}, which {scope.config.__name__} does not have"
+            self.problem(path, f"{text}; add the field")
         elif not fits(outer_field.annotation, node.config):
             kind = type_name(outer_field.annotation)
             self.problem(path, f"needs a {node.config.__name__}, but {node.config_field!r} is a {kind}")
 
-    def _close(self, scope: Scope, resources: Sequence[str], path: str) -> None:
-        for name in resources:
-            scope.names.pop(name, None)
-            scope.closed[name] = path
-
     # -- reads ----------------------------------------------------------------------------------------------------
 
+    def _selector(self, fn: Any, scope: Scope, path: str, what: str) -> None:
+        if isinstance(fn, Step) or inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+            self.problem(path, f"{what} is a plain function; this one has to be awaited: let a stage write it before")
+        elif not callable(fn):
+            self.problem(path, f"{what} is a function, not a {type(fn).__name__}: write `lambda: ...`")
+        else:
+            self._reads(fn, scope, path)
+
     def _hook_reads(self, hook: Callable[..., Any], scope: Scope, path: str) -> None:
+        if inspect.iscoroutinefunction(hook):
+            self.problem(path, "its validate hook is a coroutine; preconditions are plain functions")
         for p in signature_of(hook).parameters:
             if p.name != "config" and p.name not in PORT_NAMES:
                 self.problem(path, f"its validate hook reads {p.name!r}; before a run there are only config and ports")
@@ -280,15 +263,13 @@ class _Checker:
 
     def _config_read(self, p: Parameter, scope: Scope, path: str) -> None:
         if isinstance(p.type, type) and not issubclass(scope.config, p.type):
-            self.problem(
-                path,
-                f"needs a {p.type.__name__}, but the workflow's config is a {scope.config.__name__}; inherit from it",
-            )
+            want, have = p.type.__name__, scope.config.__name__
+            self.problem(path, f"needs a {want}, but the workflow's config is a {have}; inherit from it")
 
     def _port_read(self, p: Parameter, path: str) -> None:
-        if p.name in _LATER_PORTS:
+        if p.name in LATER_PORTS:
             self.problem(path, f"reads the port {p.name!r}, which has no adapters yet")
-        elif self._adapters is not None and self._adapters.get(p.name) is None and not _port_optional(p):
+        elif self._adapters is not None and self._adapters.get(p.name) is None and not port_optional(p):
             self.problem(path, f"needs an adapter for {p.name!r}; give one: --adapter {p.name}=NAME")
 
     def _state_read(self, p: Parameter, scope: Scope, path: str) -> None:
@@ -315,101 +296,23 @@ class _Checker:
         if name in scope.later:
             return f"reads {name!r}, which only {scope.later[name].writer} writes, later in the loop; give it a default"
         near = difflib.get_close_matches(name, scope.names, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"written so far: {', '.join(sorted(scope.names)) or 'nothing'}"
-        )
-        return f"reads {name!r}, which no stage before it writes; {hint}"
+        so_far = f"written so far: {', '.join(sorted(scope.names)) or 'nothing'}"
+        return f"reads {name!r}, which no stage before it writes; {f'did you mean {near[0]!r}?' if near else so_far}"
 
     def returned(self, name: str, scope: Scope, path: str) -> None:
         """Check a name of ``returns``."""
-        if name not in scope.names or not scope.names[name].definite:
+        if name in scope.closed and name not in scope.names:
+            self.problem(path, f"returns {name!r}, which is closed when it ends")
+        elif name not in scope.names or not scope.names[name].definite:
             self.problem(path, f"returns {name!r}, which it does not write on every path")
 
-    # -- what depends on the run ----------------------------------------------------------------------------------
-
-    def names_are_unique(self, workflow: Workflow) -> None:
-        """Check that no two nodes have one path: records and events are found by it."""
+    def names_are_good(self, workflow: Workflow) -> None:
+        """Check that no two nodes have one path, and that a path can be taken apart: records are found by it."""
         seen: set[str] = set()
         for path, node in walk(workflow):
-            if getattr(node, "name", ""):
+            if name := getattr(node, "name", ""):
                 if path in seen:
                     self.problem(path, "two nodes here have this name; rename one with .with_(name=...)")
+                if not _NAME.fullmatch(name):
+                    self.problem(path, f"is named {name!r}; names have letters, digits, '_', '-' and '.'")
                 seen.add(path)
-
-    def adapters_fulfil_ports(self, workflow: Workflow) -> None:
-        """Check that each adapter has the methods of its port."""
-        assert self._adapters is not None
-        for port in ports_of(workflow):
-            adapter = self._adapters.get(port)
-            if adapter is None or port not in PORTS:
-                continue
-            wanted = [n for n in dir(PORTS[port].protocol) if not n.startswith("_")]
-            missing = [n for n in wanted if not hasattr(type(adapter), n) and not hasattr(adapter, n)]
-            if missing:
-                kind = type(adapter).__name__
-                self.problem(workflow.name, f"the adapter {kind} for {port!r} lacks {', '.join(missing)}")
-
-    def run_hooks(self, workflow: Workflow, config: RunConfig, adapters: Mapping[str, Any]) -> None:
-        """Run the stages' preconditions with the config and adapters of the run."""
-        for path, step, inner in _steps_with_config(workflow, config, workflow.name):
-            for hook in step.hooks.validate:
-                values = {"config": inner} | dict(adapters)
-                arguments = {p.name: values.get(p.name) for p in signature_of(hook).parameters}
-                try:
-                    hook(**arguments)
-                except CrucibleError as error:
-                    self.problem(path, error.message + (f" ({error.hint})" if error.hint else ""))
-
-
-def _steps_with_config(workflow: Workflow, config: RunConfig, path: str) -> Iterator[tuple[str, Step, RunConfig]]:
-    """Yield every stage with its path and the config it will be given."""
-
-    def visit(nodes: Sequence[Node], config: RunConfig, path: str) -> Iterator[tuple[str, Step, RunConfig]]:
-        for node in nodes:
-            if isinstance(node, Step):
-                yield f"{path}/{node.name}", node, config
-            elif isinstance(node, Workflow):
-                yield from _steps_with_config(node, nested_config(node, config), f"{path}/{node.name}")
-            elif isinstance(node, Loop):
-                yield from visit(node.body, config, f"{path}/{node.name}")
-            elif isinstance(node, When):
-                yield from visit(node.body + node.otherwise, config, path)
-            else:
-                for branch in node.branches:
-                    yield from visit(branch, config, path)
-
-    yield from visit(workflow.body, config, path)
-
-
-def nested_config(node: Workflow, outer: RunConfig) -> Any:
-    """Return the config of a nested workflow: a field of the outer config, or the outer config itself."""
-    return getattr(outer, node.config_field) if node.config_field else outer
-
-
-def _port_optional(p: Parameter) -> bool:
-    return p.optional or is_optional(p.type)
-
-
-def _with_own_write(step: Step, scope: Scope, path: str) -> Scope:
-    inner = scope.fork()
-    if step.writes:
-        inner.names[step.writes] = Known(step.write_type, definite=True, writer=path)
-    return inner
-
-
-def _written_below(loop: Loop, path: str) -> dict[str, Known]:
-    """Return what stages in a loop's body write, for optional reads of an earlier turn's values."""
-    prefix = path.rpartition("/")[0]
-    return {s.writes: Known(s.write_type, definite=False, writer=f"{prefix}/{p}") for p, s in steps(loop) if s.writes}
-
-
-def _join(scope: Scope, one: Scope, other: Scope) -> None:
-    """Merge two paths into their join: definite is what both wrote, maybe what one wrote."""
-    joined: dict[str, Known] = {}
-    for name in one.names.keys() | other.names.keys():
-        a, b = one.names.get(name), other.names.get(name)
-        known = a or b
-        assert known is not None
-        joined[name] = replace(known, definite=bool(a and a.definite and b and b.definite))
-    scope.names = joined
-    scope.closed = one.closed | other.closed

@@ -8,7 +8,7 @@ from typing import Any
 
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.types import JsonObject
-from crucible_kitchen.workflow.check import PORT_NAMES
+from crucible_kitchen.workflow.binding import PORT_NAMES, RESERVED
 from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
 from crucible_kitchen.workflow.stage import Resource, Step
 from crucible_kitchen.workflow.typing import type_name
@@ -18,7 +18,7 @@ __all__ = ["describe_step", "mermaid", "text"]
 
 def describe_step(step: Step) -> JsonObject:
     """Return what a stage reads and writes as a JSON object."""
-    reads = [p for p in step.signature.parameters if p.name not in PORT_NAMES and p.name not in ("run", "config")]
+    reads = [p for p in step.signature.parameters if p.name not in RESERVED]
     return {
         "name": step.name,
         "kind": "resource" if isinstance(step, Resource) else "stage",

@@ -5,9 +5,10 @@ too, all below one task group, so that nothing outlives the run. Runs on asyncio
 adapter, no store and no sink. Read next: ``crucible_kitchen.workflow.resources``.
 """
 
+import math
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import anyio
@@ -15,14 +16,18 @@ import anyio.abc
 import anyio.lowlevel
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CrucibleError, StageFailed, StageTimeout
+from crucible_kitchen.errors import CleanupError, CrucibleError, StageTimeout
 from crucible_kitchen.events import StageErrored, StageStart, StageStop
 from crucible_kitchen.ports import TrainingCapabilities
-from crucible_kitchen.workflow.check import PORT_NAMES, nested_config
-from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Positioned, When, Workflow
+from crucible_kitchen.workflow.binding import binder_of
+from crucible_kitchen.workflow.branches import Branches
+from crucible_kitchen.workflow.conditions import nested_config
+from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel
+from crucible_kitchen.workflow.frame import Block, Frame, each, opens_resources
+from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.run import Run, RunContext, seed_of
-from crucible_kitchen.workflow.stage import Resource, Step, Unset, signature_of
+from crucible_kitchen.workflow.stage import Resource, Step, Unset
 
 __all__ = ["execute"]
 
@@ -39,55 +44,10 @@ async def execute(
         context: the run's identity, seed and log.
 
     Raises:
-        CrucibleError: the first failure, with the stage's path; what failed after it is in its notes.
+        CrucibleError: the first failure in time, with the stage's path; what failed after it is in its notes. A run
+            that was cancelled raises the cancellation, unless it had failed before, or a stage failed in reaction.
     """
     return await _Engine(config, adapters, context).run(workflow)
-
-
-@dataclass(slots=True)
-class _Block:
-    """The lifetime of resources: the workflow, a loop's turn, or a branch."""
-
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    live: list[tuple[Resource[..., Any], str, LiveResource]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Frame:
-    """Where the walk is: the state it sees, its config, its path and turns."""
-
-    values: dict[str, Any]
-    config: RunConfig
-    prefix: str
-    turns: dict[str, int]
-    behind: bool
-    block: _Block | None = None
-
-    def fork(self) -> "_Frame":
-        return _Frame(dict(self.values), self.config, self.prefix, self.turns, self.behind, self.block)
-
-
-@dataclass(frozen=True, slots=True)
-class _Binder:
-    """Where a function's arguments come from, found out once."""
-
-    run: bool
-    config: bool
-    ports: tuple[tuple[str, Any], ...]
-    required: tuple[str, ...]
-    optional: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, fn: Callable[..., Any]) -> "_Binder":
-        ps = signature_of(fn).parameters
-        state = [p for p in ps if p.name not in PORT_NAMES and p.name not in ("run", "config")]
-        return cls(
-            run=any(p.name == "run" for p in ps),
-            config=any(p.name == "config" for p in ps),
-            ports=tuple((p.name, p.default) for p in ps if p.name in PORT_NAMES),
-            required=tuple(p.name for p in state if not p.optional),
-            optional=tuple((p.name, p.default) for p in state if p.optional),
-        )
 
 
 class _Engine:
@@ -97,13 +57,12 @@ class _Engine:
         self._config = config
         self._adapters = adapters
         self._context = context
-        self._binders: dict[Callable[..., Any], _Binder] = {}
         self._compensations: list[tuple[Callable[..., Any], dict[str, Any], str]] = []
         self._group: anyio.abc.TaskGroup
 
     async def run(self, workflow: Workflow) -> dict[str, Any]:
         """Run the workflow's body as the outermost block."""
-        frame = _Frame({}, self._config, workflow.name, {}, self._config.durability == "behind")
+        frame = Frame({}, self._config, workflow.name, {}, self._config.durability == "behind")
         failure: Exception | None = None
         async with anyio.create_task_group() as self._group:
             try:
@@ -112,88 +71,72 @@ class _Engine:
                 failure = error
         if failure is None:
             return frame.values
-        if self._config.on_failure == "rollback":
+        cancelled = anyio.current_effective_deadline() == -math.inf
+        if self._config.on_failure == "rollback" and not cancelled:
             await self._compensate(failure)
         raise failure
 
     # -- blocks and nodes -----------------------------------------------------------------------------------------
 
-    async def _block(self, nodes: Sequence[Node], frame: _Frame) -> None:
+    async def _block(self, nodes: Sequence[Node], frame: Frame) -> None:
         """Run nodes and close, newest first, the resources they opened, whatever happened."""
-        if not _opens_resources(nodes):
+        if not opens_resources(nodes):
             await self._nodes(nodes, frame)
             return
-        block, outer, behind = _Block(), frame.block, frame.behind
+        block, outer, behind = Block(), frame.block, frame.behind
         frame.block = block
-        failure: BaseException | None = None
+        cancelled: BaseException | None = None
         try:
-            with block.scope:
+            with block.scope:  # cancelled when one of its resources dies
                 await self._nodes(nodes, frame)
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            with anyio.CancelScope(shield=True):
-                errors = await self._close_all(block, frame)
-            frame.block, frame.behind = outer, behind
-            _report(errors, failure)
+        except Exception as error:  # noqa: BLE001 - raised below, after clean-up
+            frame.fail(block, error)
+        except BaseException as error:  # noqa: BLE001 - raised below, after clean-up
+            cancelled = error
+        block.muted = cancelled is not None and not block.failures
+        with anyio.CancelScope(shield=True):
+            await self._close_all(block, frame)
+        frame.block, frame.behind = outer, behind
+        if cancelled is not None and block.muted:
+            note(cancelled, block.failures)
+            raise cancelled
+        if block.failures:
+            note(block.failures[0], block.failures[1:])
+            raise block.failures[0]
 
-    async def _nodes(self, nodes: Sequence[Node], frame: _Frame) -> None:
+    async def _nodes(self, nodes: Sequence[Node], frame: Frame) -> None:
         for node in nodes:
             if isinstance(node, Step):
                 await self._step(node, frame)
             elif isinstance(node, When):
-                await self._nodes(node.body if self._call(node.test, frame) else node.otherwise, frame)
+                holds = self._call(node.test, frame, frame.prefix)
+                await self._nodes(node.body if holds else node.otherwise, frame)
             elif isinstance(node, Loop):
                 await self._loop(node, frame)
             elif isinstance(node, Parallel):
-                await self._parallel(node, frame)
+                await Branches(node, frame, self._block).run()
             else:
                 await self._nested(node, frame)
 
-    async def _loop(self, node: Loop, frame: _Frame) -> None:
-        items = self._call(node.over, frame)
+    async def _loop(self, node: Loop, frame: Frame) -> None:
         prefix, turns, index = frame.prefix, frame.turns, 0
+        path = f"{prefix}/{node.name}"
         try:
-            async for item in _each(items, f"{prefix}/{node.name}"):
-                frame.prefix = f"{prefix}/{node.name}[{index}]"
-                frame.turns = {**turns, node.name: index}
-                frame.values[node.name] = item
-                await self._block(node.body, frame)
-                if node.until is not None and self._call(node.until, frame):
-                    break
-                index += 1
-                await anyio.lowlevel.checkpoint()
+            async with aclosing(each(self._call(node.over, frame, path), path)) as items:
+                async for item in items:
+                    frame.prefix = f"{path}[{index}]"
+                    frame.turns = {**turns, node.name: index}
+                    frame.values[node.name] = item
+                    await self._block(node.body, frame)
+                    if node.until is not None and self._call(node.until, frame, frame.prefix):
+                        break
+                    index += 1
+                    await anyio.lowlevel.checkpoint()  # a loop of stages that never wait lets others run
         finally:
             frame.prefix, frame.turns = prefix, turns
             frame.values.pop(node.name, None)
 
-    async def _parallel(self, node: Parallel, frame: _Frame) -> None:
-        failures: list[Exception] = []
-        forks = [frame.fork() for _ in node.branches]
-        limiter = anyio.CapacityLimiter(node.limit or max(1, len(node.branches)))
-
-        async def branch(nodes: Sequence[Node], fork: _Frame) -> None:
-            try:
-                async with limiter:
-                    await self._block(nodes, fork)
-            except Exception as error:  # noqa: BLE001 - the first is raised after the join, the rest noted
-                fork.values = frame.values
-                failures.append(error)
-                if node.on_error == "halt":
-                    group.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            for nodes, fork in zip(node.branches, forks, strict=True):
-                group.start_soon(branch, nodes, fork)
-        if failures and node.on_error == "halt":
-            _note(failures[0], failures[1:])
-            raise failures[0]
-        before = dict(frame.values)
-        for fork in forks:
-            frame.values |= {n: v for n, v in fork.values.items() if n not in before or before[n] is not v}
-
-    async def _nested(self, node: Workflow, frame: _Frame) -> None:
+    async def _nested(self, node: Workflow, frame: Frame) -> None:
         inner = frame.fork()
         inner.config = nested_config(node, frame.config)
         inner.prefix = f"{frame.prefix}/{node.name}"
@@ -202,7 +145,7 @@ class _Engine:
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
-    async def _step(self, step: Step, frame: _Frame) -> None:
+    async def _step(self, step: Step, frame: Frame) -> None:
         path, attempt = f"{frame.prefix}/{step.name}", 1
         began = anyio.current_time()
         while True:
@@ -210,223 +153,165 @@ class _Engine:
             try:
                 value = await self._attempt(step, frame, path, attempt)
                 break
-            except Exception as error:
-                failure = _as_ours(error, path)
-                if await self._try_again(step, failure, error, path, attempt, began):
-                    attempt += 1
-                    continue
-                if step.on_error == "skip":
-                    return
-                if failure is error:
-                    raise
-                raise failure from (failure.__cause__ or error)
+            except Exception as error:  # noqa: BLE001 - user code; retried, skipped or raised with its place
+                failure = as_ours(error, path)
+                again = step.retry is not None and step.retry.allows(first_of(error), attempt)
+            self._errored(step.name, path, failure, "retry" if again else step.on_error, began, attempt)
+            if again:
+                await self._pause(step, path, attempt)
+                attempt += 1
+            elif step.on_error == "skip":
+                await self._settle(frame)
+                return
+            else:
+                raise failure
         if step.writes is not None:
             frame.values[step.writes] = value
         if step.hooks.rollback is not None:
-            kwargs = self._arguments(step.hooks.rollback, frame, path, attempt)
-            self._compensations.append((step.hooks.rollback, kwargs, path))
+            self._compensations.append((step.hooks.rollback, self._arguments(step.hooks.rollback, frame, path), path))
         self._ended(step.name, path, began)
+        await self._settle(frame)
+
+    async def _settle(self, frame: Frame) -> None:
+        """Make a stage's records durable; a stage that swallowed a cancellation ends the run here nevertheless."""
         if not frame.behind:
             await self._context.recorder.sync()
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
-    async def _try_again(
-        self, step: Step, failure: CrucibleError, error: Exception, path: str, attempt: int, began: float
-    ) -> bool:
-        """Report a failed try; return whether there is another one, after the pause before it."""
-        if step.retry is None or not step.retry.allows(_leaves(error)[0], attempt):
-            self._errored(step.name, path, failure, step.on_error, began, attempt)
-            return False
-        self._errored(step.name, path, failure, "retry", began, attempt)
+    async def _pause(self, step: Step, path: str, attempt: int) -> None:
+        assert step.retry is not None
         uniform = random.Random(seed_of(self._context.seed, path, f"retry{attempt}")).random()
         await anyio.sleep(step.retry.pause(attempt, uniform))
-        return True
 
-    def _errored(
-        self, stage: str, path: str, error: CrucibleError, action: str, began: float, attempt: int = 1
-    ) -> None:
-        taken = anyio.current_time() - began
-        self._context.emit(
-            StageErrored(
-                stage=stage,
-                recipe=self._context.recipe,
-                path=path,
-                attempt=attempt,
-                code=error.code,
-                message=error.message,
-                action=action,
-                duration_s=taken,
-            )
-        )
+    async def _attempt(self, step: Step, frame: Frame, path: str, attempt: int) -> Any:
+        timeout = frame.config.stage_timeout if isinstance(step.timeout, Unset) else step.timeout
+        arguments = self._arguments(step.fn, frame, path, attempt)
+        if isinstance(step, Resource):
+            return await self._open(step, frame, path, arguments, timeout)
+        if timeout is None:
+            return await step.fn(**arguments)
+        with anyio.CancelScope(deadline=anyio.current_time() + timeout) as scope:
+            try:
+                return await step.fn(**arguments)
+            except Exception as error:
+                if scope.cancel_called and reacts_to_cancel(error):
+                    raise _late(timeout) from error
+                raise
+        raise _late(timeout)
 
-    def _began(self, stage: str, path: str, attempt: int = 1) -> float:
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def _began(self, stage: str, path: str, attempt: int = 1) -> None:
         self._context.emit(StageStart(stage=stage, recipe=self._context.recipe, path=path, attempt=attempt))
-        return anyio.current_time()
 
     def _ended(self, stage: str, path: str, began: float) -> None:
         taken = anyio.current_time() - began
         self._context.emit(StageStop(stage=stage, recipe=self._context.recipe, path=path, duration_s=taken))
 
-    async def _attempt(self, step: Step, frame: _Frame, path: str, attempt: int) -> Any:
-        timeout = frame.config.stage_timeout if isinstance(step.timeout, Unset) else step.timeout
-        kwargs = self._arguments(step.fn, frame, path, attempt)
-        if isinstance(step, Resource):
-            return await self._open(step, frame, path, kwargs, timeout)
-        if timeout is None:
-            return await step.fn(**kwargs)
-        with anyio.CancelScope(deadline=anyio.current_time() + timeout) as scope:
-            return await step.fn(**kwargs)
-        assert scope.cancelled_caught
-        raise StageTimeout(
-            f"did not end within {timeout:g} s",
-            hint="raise it: stage.with_(timeout=...), or the config key stage_timeout",
+    def _errored(
+        self, stage: str, path: str, error: CrucibleError, action: str, began: float, attempt: int = 1
+    ) -> None:
+        """Report a failure; a log that fails now does not hide it, and stops the run at the next event."""
+        event = StageErrored(
+            stage=stage,
+            recipe=self._context.recipe,
+            path=path,
+            attempt=attempt,
+            code=error.code,
+            message=error.message,
+            action=action,
+            duration_s=anyio.current_time() - began,
         )
+        try:
+            self._context.emit(event)
+        except Exception as unheard:  # noqa: BLE001 - the failure that is being reported comes first
+            note(error, [unheard])
 
     # -- resources ------------------------------------------------------------------------------------------------
 
     async def _open(
-        self, step: Resource[..., Any], frame: _Frame, path: str, kwargs: dict[str, Any], timeout: float | None
+        self, step: Resource[..., Any], frame: Frame, path: str, arguments: dict[str, Any], timeout: float | None
     ) -> Any:
-        block = frame.block
+        block, opened = frame.block, anyio.current_time()
         assert block is not None
-        live = LiveResource(step.name, step.fn(**kwargs), block.scope.cancel)
-        value = await live.open(self._group, timeout, frame.config.grace)
-        block.live.append((step, path, live))
+
+        def died(error: Exception) -> None:
+            ours = as_ours(error, path)
+            self._errored(step.name, path, ours, "halt", opened)
+            frame.fail(block, ours)
+            block.scope.cancel()
+
+        live = LiveResource(step.fn(**arguments), died)
+        try:
+            value = await live.open(self._group, timeout, frame.config.grace)
+        finally:  # also if it yielded in the moment in which the run was cancelled
+            if live.alive:
+                block.live.append((step, path, live))
         capabilities = getattr(value, "capabilities", None)
         if isinstance(capabilities, TrainingCapabilities) and capabilities.recovery == "rollback":
             frame.behind = True  # inside a rollback session's block the record is the checkpoint
         return value
 
-    async def _close_all(self, block: _Block, frame: _Frame) -> list[CrucibleError]:
-        """Close a block's resources newest first; return what went wrong, deaths before their time first."""
-        errors = [_as_ours(live.error, path) for _, path, live in block.live if live.error is not None]
+    async def _close_all(self, block: Block, frame: Frame) -> None:
+        """Close a block's resources newest first; what goes wrong joins the block's failures. Never raises."""
         for step, path, live in reversed(block.live):
-            where = f"{path}/cleanup"
-            began = self._began("cleanup", where)
-            try:
-                await live.close(frame.config.grace)
-            except CrucibleError as error:
-                errors.append(error.at(path))
-                self._errored("cleanup", where, error, "halt", began)
-            else:
-                self._ended("cleanup", where, began)
             if step.writes is not None:
                 frame.values.pop(step.writes, None)
-        return errors
+            if live.alive:  # else it died, which was reported at once
+                try:
+                    await self._close(path, live, frame.config.grace)
+                except Exception as error:  # noqa: BLE001 - the next one is closed whatever happened
+                    frame.fail(block, as_ours(error, path))
+
+    async def _close(self, path: str, live: LiveResource, grace: float) -> None:
+        where, began = f"{path}/cleanup", anyio.current_time()
+        try:
+            self._began("cleanup", where)
+        finally:  # a log that cannot be written must not keep a resource open
+            try:
+                await live.close(grace)
+            except CleanupError as error:
+                self._errored("cleanup", where, error.at(path), "halt", began)
+                raise
+        self._ended("cleanup", where, began)
 
     async def _compensate(self, failure: Exception) -> None:
         """Run the compensations of what had been done, newest first, shielded and bounded."""
-        for hook, kwargs, path in reversed(self._compensations):
-            where, grace = f"{path}/rollback", self._config.grace
-            began = self._began("rollback", where)
-            error: Exception | None = None
-            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + grace) as scope:
-                try:
-                    await hook(**kwargs)
-                except Exception as raised:  # noqa: BLE001 - the failure of the run is the one reported
-                    error = raised
-            if scope.cancelled_caught:
-                error = StageTimeout(f"did not end within {grace:g} s")
-            if error is None:
+        for hook, arguments, path in reversed(self._compensations):
+            where, began = f"{path}/rollback", anyio.current_time()
+            try:
+                self._began("rollback", where)
+                await self._bounded(hook, arguments)
                 self._ended("rollback", where, began)
-            else:
-                ours = _as_ours(error, where)
-                _note(failure, [ours])
+            except Exception as error:  # noqa: BLE001 - the failure of the run is the one reported
+                ours = as_ours(error, where)
+                note(failure, [ours])
                 self._errored("rollback", where, ours, "skip", began)
+
+    async def _bounded(self, hook: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        grace = self._config.grace
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + grace) as scope:
+            await hook(**arguments)
+        if scope.cancelled_caught:
+            raise _late(grace, "see the config key grace")
 
     # -- injection ------------------------------------------------------------------------------------------------
 
-    def _arguments(self, fn: Callable[..., Any], frame: _Frame, path: str, attempt: int) -> dict[str, Any]:
-        binder = self._binders.get(fn)
-        if binder is None:
-            binder = self._binders[fn] = _Binder.of(fn)
-        values = frame.values
-        arguments = {name: values[name] for name in binder.required}
-        for name, default in binder.optional:
-            arguments[name] = values.get(name, default)
-        for name, default in binder.ports:
-            adapter = self._adapters.get(name)
-            arguments[name] = default if adapter is None else adapter
-        if binder.config:
-            arguments["config"] = frame.config
-        if binder.run:
-            arguments["run"] = Run(self._context, path, frame.turns, attempt)
-        return arguments
+    def _arguments(self, fn: Callable[..., Any], frame: Frame, path: str, attempt: int = 1) -> dict[str, Any]:
+        def run() -> Run:
+            return Run(self._context, path, frame.turns, attempt)
 
-    def _call(self, selector: Callable[..., Any], frame: _Frame) -> Any:
+        return binder_of(fn).bind(frame.values, frame.config, self._adapters, run)
+
+    def _call(self, selector: Callable[..., Any], frame: Frame, path: str) -> Any:
         """Evaluate a selector: a plain pure function."""
-        name = getattr(selector, "__name__", "selector")
-        path = f"{frame.prefix}/{name}"
         try:
-            return selector(**self._arguments(selector, frame, path, 1))
+            return selector(**self._arguments(selector, frame, path))
         except Exception as error:  # noqa: BLE001 - user code; raised again with its place
-            failure = _as_ours(error, path)
-            raise failure from (failure.__cause__ or error)
+            failure = as_ours(error, path)
+        raise failure
 
 
-def _opens_resources(nodes: Sequence[Node]) -> bool:
-    """Return whether a block itself opens resources: those in loops, branches and nested workflows have their own."""
-    for node in nodes:
-        if isinstance(node, Resource):
-            return True
-        if isinstance(node, When) and _opens_resources(node.body + node.otherwise):
-            return True
-    return False
-
-
-async def _each(items: Any, path: str) -> AsyncIterator[Any]:
-    """Iterate over what a loop's ``over`` gave."""
-    if isinstance(items, Positioned):
-        async for item in items:
-            yield item
-    elif isinstance(items, Sequence) or (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
-        for index in range(len(items)):
-            yield items[index]
-    else:
-        raise StageFailed(
-            f"cannot loop over a {type(items).__name__}", hint="give a Sequence, a range or a Positioned", where=path
-        )
-
-
-def _as_ours(error: BaseException, path: str) -> CrucibleError:
-    """Return the error of our tree that a failure is, with its place; groups become their first member."""
-    first, rest = _leaves(error)
-    if isinstance(first, CrucibleError):
-        ours = first.at(path)
-    else:
-        text = str(first)
-        shown = text if len(text) <= 300 else text[:300] + "..."
-        ours = StageFailed(f"{type(first).__name__}: {shown}" if shown else type(first).__name__, where=path)
-        ours.__cause__ = first
-    _note(ours, rest)
-    return ours
-
-
-def _leaves(error: BaseException) -> tuple[BaseException, list[BaseException]]:
-    """Take a group apart: the member to report (one of our tree if there is one), and the others."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error, []
-    flat: list[BaseException] = []
-    for member in error.exceptions:
-        first, rest = _leaves(member)
-        flat += [first, *rest]
-    flat.sort(key=lambda e: not isinstance(e, CrucibleError))
-    return flat[0], flat[1:]
-
-
-def _note(error: BaseException, others: Sequence[BaseException]) -> None:
-    """Attach what failed besides to the failure that is reported."""
-    for other in others:
-        note = f"also failed: {type(other).__name__}: {other}"
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-
-
-def _report(errors: Sequence[CrucibleError], failure: BaseException | None) -> None:
-    """Raise what went wrong with resources, or attach it to the failure that is on its way already."""
-    if not errors:
-        return
-    if failure is not None:
-        _note(failure, errors)
-        return
-    _note(errors[0], errors[1:])
-    raise errors[0]
+def _late(seconds: float, hint: str | None = None) -> StageTimeout:
+    usual = "raise it: stage.with_(timeout=...), or the config key stage_timeout"
+    return StageTimeout(f"did not end within {seconds:g} s", hint=hint or usual)

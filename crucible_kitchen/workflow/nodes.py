@@ -76,7 +76,7 @@ class When:
     body: tuple[Node, ...]
     otherwise: tuple[Node, ...] = ()
 
-    def __init__(self, test: Selector[bool], *body: Node, otherwise: Node | Sequence[Node] = ()) -> None:
+    def __init__(self, test: Selector[bool], *body: Node, otherwise: "Node | Sequence[Node]" = ()) -> None:
         object.__setattr__(self, "test", test)
         object.__setattr__(self, "body", body)
         object.__setattr__(
@@ -100,7 +100,7 @@ class Parallel:
     on_error: Literal["halt", "skip"] = "halt"
 
     def __init__(
-        self, *branches: Node | Sequence[Node], limit: int | None = None, on_error: Literal["halt", "skip"] = "halt"
+        self, *branches: "Node | Sequence[Node]", limit: int | None = None, on_error: Literal["halt", "skip"] = "halt"
     ) -> None:
         if limit is not None and limit < 1:
             raise ValueError("Parallel(limit=) must be 1 or more")

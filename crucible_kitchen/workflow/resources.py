@@ -11,6 +11,7 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import CleanupError, StageFailed, StageTimeout
+from crucible_kitchen.workflow.failures import first_of, says
 
 __all__ = ["LiveResource"]
 
@@ -18,25 +19,35 @@ __all__ = ["LiveResource"]
 class LiveResource:
     """One opened resource.
 
+    Closing is bounded: ``grace`` seconds to close, then a cancellation, then ``grace`` seconds to end. A generator that
+    shields itself from that too is reported; its task is still waited for when the run ends, because nothing but the
+    end of the process can stop it.
+
     Args:
-        name: for messages.
         generator: the resource's generator, not started.
-        on_death: called if it ends by itself before it was asked to close; ``error`` says why.
+        on_death: called with the reason if it ends by itself before it was asked to close; must not raise.
     """
 
-    def __init__(self, name: str, generator: AsyncGenerator[Any, None], on_death: Callable[[], None]) -> None:
-        self.name = name
-        self.value: Any = None
-        self.error: BaseException | None = None
+    def __init__(self, generator: AsyncGenerator[Any, None], on_death: Callable[[Exception], None]) -> None:
+        self._value: Any = None
+        self._error: Exception | None = None
         self._generator = generator
         self._on_death = on_death
         self._scope = anyio.CancelScope(shield=True)
+        self._yielded = False
         self._opened = anyio.Event()
         self._closing = anyio.Event()
         self._ended = anyio.Event()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has yielded and not yet ended."""
+        return self._yielded and not self._ended.is_set()
+
     async def open(self, group: anyio.abc.TaskGroup, timeout: float | None, grace: float) -> Any:
         """Start the generator in the group and return what it yields.
+
+        If this raises and the resource is ``alive`` (it yielded as the caller was cancelled), it has to be closed.
 
         Raises:
             StageTimeout: it did not yield in time; it was cancelled.
@@ -44,16 +55,20 @@ class LiveResource:
         """
         group.start_soon(self._serve)
         try:
-            with anyio.move_on_after(timeout) as scope:
+            with anyio.move_on_after(timeout):
                 await self._opened.wait()
+            in_time = self._opened.is_set()
         finally:
             if not self._opened.is_set():
+                self._closing.set()  # how it ends now is no death
                 await self._cancel(grace)
-        if scope.cancelled_caught:
-            raise StageTimeout(f"did not open within {timeout:g} s", hint="raise its timeout: stage.with_(timeout=...)")
-        if self.error is not None:
-            raise self.error
-        return self.value
+        if not in_time:
+            raise StageTimeout(
+                f"did not open within {timeout:g} s", hint="raise its timeout: stage.with_(timeout=...)"
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+        return self._value
 
     async def close(self, grace: float) -> None:
         """Ask it to close, wait ``grace`` seconds, then cancel it. Call it shielded.
@@ -67,11 +82,12 @@ class LiveResource:
         with anyio.move_on_after(grace):
             await self._ended.wait()
         if not self._ended.is_set():
-            ended = await self._cancel(grace)
-            how = "was cancelled" if ended else "ignores its cancellation"
-            raise CleanupError(f"did not close within {grace:g} s and {how}", hint="see the config key grace")
-        if self.error is not None:
-            raise CleanupError(f"failed to close: {type(self.error).__name__}: {self.error}") from self.error
+            how = "was cancelled" if await self._cancel(grace) else "ignores its cancellation"
+            raise CleanupError(f"did not close within {grace:g} s and {how}", hint="see the config key grace") from (
+                self._error
+            )
+        if self._error is not None:
+            raise CleanupError(f"failed to close: {says(first_of(self._error))}") from self._error
 
     async def _cancel(self, grace: float) -> bool:
         self._scope.cancel()
@@ -84,21 +100,20 @@ class LiveResource:
             with self._scope:
                 await self._live()
         except Exception as error:  # noqa: BLE001 - carried to whoever opens or closes
-            self.error = error
+            self._error = error
         finally:
-            died = self._opened.is_set() and not self._closing.is_set()
             self._ended.set()
             self._opened.set()
-            if died:
-                self._on_death()
+        if self._yielded and self._error is not None and not self._closing.is_set():
+            self._on_death(self._error)
 
     async def _live(self) -> None:
-        generator = self._generator
         try:
             try:
-                self.value = await anext(generator)
+                self._value = await anext(self._generator)
             except StopAsyncIteration:
                 raise StageFailed("is a resource but did not yield", hint="yield the live thing once") from None
+            self._yielded = True
             self._opened.set()
             try:
                 await self._closing.wait()
@@ -107,8 +122,7 @@ class LiveResource:
             else:
                 await self._finish()
         finally:
-            with anyio.CancelScope(shield=True):
-                await generator.aclose()
+            await self._generator.aclose()
 
     async def _finish(self) -> None:
         try:
@@ -122,5 +136,7 @@ class LiveResource:
         try:
             await self._generator.athrow(error)
         except StopAsyncIteration:
-            raise StageFailed("ended before its block did") from None
+            if self._closing.is_set():
+                return
+            raise StageFailed("ended before its block did", hint="what follows yield runs when it closes") from None
         raise StageFailed("is a resource but yielded twice", hint="yield the live thing once")

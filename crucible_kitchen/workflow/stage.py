@@ -8,7 +8,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, get_args, get_type_hints, overload
 
 from crucible_kitchen.errors import CrucibleError
@@ -46,8 +46,8 @@ UNSET: Final = Unset.UNSET
 class Retry:
     """When and how often a failed stage is tried again.
 
-    The pause before try ``n + 1`` is ``min(maximum, initial * factor ** (n - 1))`` seconds, times a random factor in
-    ``[1 - jitter, 1 + jitter]`` drawn from the run's seed.
+    The pause before try ``n + 1`` is ``initial * factor ** (n - 1)`` seconds, times a random factor in
+    ``[1 - jitter, 1 + jitter]`` drawn from the run's seed, and never longer than ``maximum``.
 
     Attributes:
         attempts: tries in all, the first included.
@@ -65,6 +65,10 @@ class Retry:
     jitter: float = 0.2
     on: tuple[type[BaseException], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or self.initial < 0 or self.factor < 1 or self.maximum < 0 or not 0 <= self.jitter <= 1:
+            raise ValueError(f"attempts and factor are 1 or more, seconds 0 or more, jitter 0 to 1: {self}")
+
     def allows(self, error: BaseException, attempt: int) -> bool:
         """Return whether a failure of the given attempt (from 1) is worth another try."""
         worth = isinstance(error, self.on) if self.on else isinstance(error, CrucibleError) and error.retryable
@@ -72,8 +76,11 @@ class Retry:
 
     def pause(self, attempt: int, uniform: float) -> float:
         """Return the seconds to wait after the given attempt; ``uniform`` is a draw from [0, 1)."""
-        base = min(self.maximum, self.initial * self.factor ** (attempt - 1))
-        return base * (1 + self.jitter * (2 * uniform - 1))
+        try:
+            base = min(self.maximum, self.initial * self.factor ** (attempt - 1))
+        except OverflowError:
+            base = self.maximum
+        return min(self.maximum, base * (1 + self.jitter * (2 * uniform - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +107,30 @@ def signature_of(fn: Callable[..., Any]) -> Signature:
     """Return what a stage or a selector reads and returns, with annotations resolved."""
     problem = ""
     try:
-        hints = get_type_hints(fn)
+        hints = get_type_hints(_annotated(fn))
     except (NameError, TypeError, AttributeError) as error:
         hints, problem = {}, f"its annotations cannot be resolved ({error}); import the types it names at run time"
+    try:
+        declared = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return Signature((), Any, f"the parameters of {fn!r} cannot be read: write a function around it")
     parameters = []
-    for name, p in inspect.signature(fn).parameters.items():
+    for name, p in declared.items():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
             problem = f"its parameter {name!r} cannot be injected: parameters need names"
             continue
         optional = p.default is not p.empty
         parameters.append(Parameter(name, hints.get(name, Any), optional, p.default if optional else None))
     return Signature(tuple(parameters), hints.get("return", Any), problem)
+
+
+def _annotated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose annotations speak for a callable: of a partial, of an object with ``__call__``."""
+    if isinstance(fn, partial):
+        return _annotated(fn.func)
+    if inspect.isroutine(fn) or inspect.isclass(fn):
+        return fn
+    return type(fn).__call__
 
 
 @dataclass(slots=True)
@@ -132,6 +152,10 @@ class Step:
     retry: Retry | None = None
     on_error: OnError = "halt"
     hooks: Hooks = field(default_factory=Hooks, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.timeout, (int, float)) and self.timeout <= 0:
+            raise ValueError(f"the timeout of {self.name!r} must be above 0 seconds, or None for no limit")
 
     def with_(
         self,
@@ -244,7 +268,7 @@ def stage(
     """
 
     def decorate(fn: Callable[..., Any]) -> Any:
-        label: str = name or fn.__name__
+        label = name or str(getattr(fn, "__name__", type(fn).__name__))
         kind: type[Step]
         if inspect.isasyncgenfunction(fn):
             kind = Resource

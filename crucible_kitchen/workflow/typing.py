@@ -5,15 +5,17 @@ false alarm would cost more trust than a missed one. Read next: ``crucible_kitch
 """
 
 import dataclasses
+import inspect
 import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, is_typeddict
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, is_typeddict
 
 from pydantic import BaseModel
 
 __all__ = ["fits", "is_optional", "recordable", "type_name"]
 
 _SCALARS = (bool, int, float, str, type(None))
+_OF_EVERY_PROTOCOL = frozenset(dir(Protocol))
 _PROMOTIONS = {(int, float), (bool, float)}
 
 
@@ -65,11 +67,7 @@ def _classes_fit(have: Any, want: Any) -> bool:
     if not (isinstance(have_class, type) and isinstance(want_class, type)):
         return True
     if getattr(want_class, "_is_protocol", False):
-        return (
-            issubclass(have_class, want_class)
-            if want_class in have_class.__mro__
-            else _has_members(have_class, want_class)
-        )
+        return want_class in have_class.__mro__ or _has_methods(have_class, want_class)
     if (have_class, want_class) in _PROMOTIONS:
         return True
     try:
@@ -83,16 +81,21 @@ def _classes_fit(have: Any, want: Any) -> bool:
     return True
 
 
-def _has_members(have: type, protocol: type) -> bool:
-    """Return whether a class has every member a protocol names (annotated attributes count)."""
-    if getattr(have, "_is_protocol", False) or have is dict:
-        names_of_have = {n for base in have.__mro__ for n in (*vars(base), *vars(base).get("__annotations__", {}))}
-    else:
-        names_of_have = {n for base in have.__mro__ for n in (*dir(base), *vars(base).get("__annotations__", {}))}
-    wanted = getattr(protocol, "__protocol_attrs__", None)
-    if wanted is None:
-        wanted = {n for n in vars(protocol) if not n.startswith("_")}
-    return all(name in names_of_have for name in wanted)
+def _has_methods(have: type, protocol: type) -> bool:
+    """Return whether a class has every method a protocol asks for.
+
+    Attributes and properties are not judged: an instance may get them in its constructor.
+    """
+    if hasattr(have, "__getattr__"):
+        return True
+    asked = {
+        name
+        for base in protocol.__mro__
+        if getattr(base, "_is_protocol", False) and base is not Protocol
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and (name not in vars(object) and name not in _OF_EVERY_PROTOCOL)
+    }
+    return all(hasattr(have, name) for name in asked)
 
 
 def recordable(kind: Any) -> bool:

@@ -1,0 +1,72 @@
+"""Failures: how anything that is raised becomes one error of our tree, with its place, its cause and its company.
+
+Pure functions over exceptions; it knows no stage and no run. Read next: ``crucible_kitchen.workflow.engine``.
+"""
+
+from collections.abc import Sequence
+
+import anyio
+
+from crucible_kitchen.errors import CrucibleError, StageFailed
+
+__all__ = ["as_ours", "first_of", "note", "reacts_to_cancel", "says"]
+
+_SHOWN = 300
+
+
+def says(error: BaseException) -> str:
+    """Return an error as one short line: its type and the beginning of its message."""
+    text = str(error)
+    shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+def as_ours(error: BaseException, path: str) -> CrucibleError:
+    """Return the error of our tree that a failure is, with its place.
+
+    Of a group the first member is reported, one of our tree if there is one; the others stand in its notes, and the
+    group itself stays reachable as ``__cause__`` (of a foreign error) or ``__context__`` (of one of ours).
+    """
+    first, rest = _leaves(error)
+    if isinstance(first, CrucibleError):
+        ours = first.at(path)
+        if first is not error and first.__context__ is None:
+            first.__context__ = error
+    else:
+        ours = StageFailed(says(first), where=path)
+        ours.__cause__ = error if rest else first
+    note(ours, rest)
+    return ours
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return the member of a group that is reported, or the error itself."""
+    return _leaves(error)[0]
+
+
+def note(error: BaseException, others: Sequence[BaseException]) -> None:
+    """Attach what failed besides to the failure that is reported."""
+    for other in others:
+        line = f"also failed: {says(other)}"
+        if other is not error and line not in getattr(error, "__notes__", ()):
+            error.add_note(line)
+
+
+def reacts_to_cancel(error: BaseException) -> bool:
+    """Return whether an error was raised while a cancellation was on its way, by a ``finally`` for instance."""
+    cancelled, at = anyio.get_cancelled_exc_class(), first_of(error).__context__
+    while at is not None and not isinstance(at, cancelled):
+        at = at.__context__
+    return at is not None
+
+
+def _leaves(error: BaseException) -> tuple[BaseException, list[BaseException]]:
+    """Take a group apart: the member to report, and the others."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error, []
+    flat: list[BaseException] = []
+    for member in error.exceptions:
+        first, rest = _leaves(member)
+        flat += [first, *rest]
+    flat.sort(key=lambda e: not isinstance(e, CrucibleError))
+    return flat[0], flat[1:]
