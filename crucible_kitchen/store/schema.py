@@ -94,8 +94,8 @@ def _enter_wal(connection: Connection) -> None:
         try:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             return
-        except OperationalError:
-            if time.monotonic() > deadline:
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 
