@@ -27,7 +27,6 @@ __all__ = [
     "check_options",
     "cut_split",
     "pick_split",
-    "sample_rows",
 ]
 
 SPLITS = ("train", "validation", "test")
@@ -35,7 +34,6 @@ SPLITS = ("train", "validation", "test")
 
 _ALIASES = {"training": "train", "val": "validation", "valid": "validation", "dev": "validation", "testing": "test"}
 _CHUNK = 512
-_CUT, _SAMPLE = 0, 1  # the two uses of a seed, so that they draw differently
 
 
 def canonical_split(name: str) -> str:
@@ -47,7 +45,8 @@ def cut_split(rows: int, split: str, *, holdout: float, seed: int) -> IntArray:
     """Return which rows of a source with one split belong to ``split``.
 
     A permutation drawn from the seed decides; the held-out rows are halved between test (the larger half) and
-    validation. The three are disjoint, together they are all rows, and each keeps the source's order.
+    validation. The three are disjoint and together all rows. Training rows keep the source's order; held-out rows
+    are in the order drawn, so that the first few of them are a fair sample of a file sorted by label.
 
     Args:
         rows: how many rows the source has.
@@ -56,31 +55,15 @@ def cut_split(rows: int, split: str, *, holdout: float, seed: int) -> IntArray:
         seed: of the cut: the same seed cuts the same rows.
 
     Returns:
-        Row numbers, ascending, int64.
+        Row numbers, int64.
     """
     held = round(rows * holdout) if holdout < 1 else int(holdout)
     if holdout > 0 and rows > 1:
         held = max(held, 1)
     held = min(held, rows)
-    order = _generator(seed, _CUT).permutation(rows)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(rows).astype(np.int64)
     test = (held + 1) // 2
-    parts = {"test": order[:test], "validation": order[test:held], "train": order[held:]}
-    return np.sort(parts[split]).astype(np.int64)
-
-
-def sample_rows(rows: int, limit: int, *, seed: int) -> IntArray:
-    """Return at most ``limit`` of ``rows`` row numbers: a seeded sample, in the source's order.
-
-    A sample and not the first rows, because files are often sorted by label. A smaller limit gives a subset of what
-    a larger one gives. ``limit`` 0 gives all.
-    """
-    if not limit or limit >= rows:
-        return np.arange(rows, dtype=np.int64)
-    return np.sort(_generator(seed, _SAMPLE).permutation(rows)[:limit]).astype(np.int64)
-
-
-def _generator(seed: int, use: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, use])))
+    return {"test": order[:test], "validation": order[test:held], "train": np.sort(order[held:])}[split]
 
 
 def pick_split(spec: DatasetSpec, sizes: Mapping[str, int]) -> tuple[str, IntArray]:
@@ -93,7 +76,7 @@ def pick_split(spec: DatasetSpec, sizes: Mapping[str, int]) -> tuple[str, IntArr
         sizes: number of rows by the source's own split names.
 
     Returns:
-        The source's own split, and row numbers within it, ascending.
+        The source's own split, and row numbers within it: at most ``spec.limit``, the first ones.
 
     Raises:
         DatasetNotFound: the source has no such split and none can be cut.
@@ -117,7 +100,7 @@ def pick_split(spec: DatasetSpec, sizes: Mapping[str, int]) -> tuple[str, IntArr
         raise DatasetNotFound(f"dataset {spec.name!r} has no split {spec.split!r}", hint=f"its splits: {known}")
     if not len(indices):
         raise _empty(spec, sizes[source])
-    return source, indices[sample_rows(len(indices), spec.limit, seed=spec.seed)]
+    return source, indices[: spec.limit] if spec.limit else indices
 
 
 def _empty(spec: DatasetSpec, rows: int) -> EmptyDataset:

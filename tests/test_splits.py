@@ -17,7 +17,6 @@ from crucible_kitchen.splits import (
     check_options,
     cut_split,
     pick_split,
-    sample_rows,
 )
 
 
@@ -29,7 +28,6 @@ from crucible_kitchen.splits import (
 def test_the_three_splits_share_no_row_and_are_all_rows_together(rows, holdout, seed):
     parts = [cut_split(rows, split, holdout=holdout, seed=seed).tolist() for split in SPLITS]
     assert sorted(index for part in parts for index in part) == list(range(rows))
-    assert all(part == sorted(part) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -50,17 +48,16 @@ def test_the_seed_decides_the_cut():
     assert cut_split(20, "test", holdout=0.2, seed=0).tolist() == [4, 19]
 
 
-@given(rows=st.integers(0, 200), limit=st.integers(0, 250), seed=st.integers(0, 99))
-def test_a_limit_takes_a_sample_that_smaller_limits_are_part_of(rows, limit, seed):
-    sample = sample_rows(rows, limit, seed=seed).tolist()
-    assert len(sample) == (min(rows, limit) if limit else rows)
-    assert sample == sorted(set(sample))
-    if limit > 1:
-        assert set(sample_rows(rows, limit - 1, seed=seed).tolist()) <= set(sample)
+def test_training_rows_keep_the_sources_order_and_the_first_held_out_rows_are_a_fair_sample():
+    train, test = (cut_split(1000, split, holdout=0.5, seed=0).tolist() for split in ("train", "test"))
+    assert train == sorted(train)
+    assert 300 < sum(test[:50]) / 50 < 700
 
 
-def test_a_limit_does_not_just_take_the_first_rows_of_a_sorted_file():
-    assert sample_rows(1000, 100, seed=0).max() > 500
+def test_a_limit_takes_the_first_rows():
+    whole = pick_split(DatasetSpec("x", "test"), {"train": 100})[1].tolist()
+    assert pick_split(DatasetSpec("x", "test", limit=3), {"train": 100})[1].tolist() == whole[:3]
+    assert pick_split(DatasetSpec("x", "test", limit=300), {"train": 100})[1].tolist() == whole
 
 
 def test_a_source_with_several_splits_is_taken_as_it_is():

@@ -99,8 +99,11 @@ class FilesBlobStore:
         await run_sync(self._get_tree, uri, Path(directory))
 
     async def exists(self, uri: str) -> bool:
-        """Return whether the blob is there (its hash is not verified)."""
-        path = self._path(_address(uri))
+        """Return whether the blob is there (its hash is not verified); what is no address is not."""
+        try:
+            path = self._path(_address(uri))
+        except BlobNotFound:
+            return False
         return await run_sync(path.is_file)
 
     def public_options(self) -> JsonObject:

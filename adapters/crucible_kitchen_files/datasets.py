@@ -56,15 +56,15 @@ class FilesDatasetStore:
         split = canonical_split(spec.split)
         if spec.name in TASKS:
             task = open_task(spec.name, split=split, seed=spec.seed, limit=spec.limit, options=dict(spec.options))
-            return IndexedDataset(spec.name, split, lambda indices: [task[i] for i in indices], range(len(task)))
+            return IndexedDataset(spec.name, spec.split, lambda indices: [task[i] for i in indices], range(len(task)))
         if spec.name.startswith(PREFIX):
             name = spec.name.removeprefix(PREFIX)
             rows = gym_rows(name, split, limit=spec.limit, seed=spec.seed, options=dict(spec.options))
-            return IndexedDataset(spec.name, split, ListSource(rows).read, range(len(rows)))
+            return IndexedDataset(spec.name, spec.split, ListSource(rows).read, range(len(rows)))
         check_options(spec, ())
         sources = _open_all(self._path(spec.name))
         own, indices = pick_split(spec, {name: len(source) for name, source in sources.items()})
-        return IndexedDataset(spec.name, split, sources[own].read, indices)
+        return IndexedDataset(spec.name, spec.split, sources[own].read, indices)
 
     def _path(self, name: str) -> Path:
         path = Path(name).expanduser()

@@ -4,6 +4,7 @@ Everything here blocks and is called in worker threads; it knows no split.
 Read next: ``crucible_kitchen_files.datasets``.
 """
 
+import copy
 import csv
 import json
 import threading
@@ -35,7 +36,7 @@ class Source(Protocol):
 
 
 class ListSource:
-    """Rows that are in memory already."""
+    """Rows that are in memory already; copies are handed out."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
@@ -46,7 +47,7 @@ class ListSource:
 
     def read(self, indices: Sequence[int]) -> list[Row]:
         """Return rows in the order asked for."""
-        return [self._rows[i] for i in indices]
+        return [copy.deepcopy(self._rows[i]) for i in indices]
 
 
 class JsonlSource:
