@@ -5,7 +5,7 @@ Read next: ``crucible_kitchen.telemetry.sinks``.
 """
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from crucible_kitchen.events import Event, EventRecord, WorkflowStop
@@ -103,28 +103,62 @@ class EventLog:
         """Return once few enough records wait to be written; for producers that never ``sync``."""
         await self._journal.drain()
 
-    async def events(self, after: int = 0) -> AsyncIterator[EventRecord]:
+    def events(self, after: int = 0) -> AsyncIterator[EventRecord]:
         """Iterate over the durable records after a place, in order, without gaps, up to the terminal one.
+
+        The iterator holds nothing: it can be left at any time and made again with the last ``seq``.
 
         Raises:
             StoreError: the journal can no longer be written, so that no further record will come.
         """
-        async for batch in self.batches(after):
-            for record in batch:
-                yield record
+        return _Records(self.batches(after))
 
-    async def batches(self, after: int = 0, size: int = 256) -> AsyncIterator[Sequence[EventRecord]]:
+    def batches(self, after: int = 0, size: int = 256) -> AsyncIterator[Sequence[EventRecord]]:
         """Iterate like :meth:`events`, over all that is there at a time, at most ``size`` records."""
-        while self._end is None or after < self._end:
-            durable = await self._journal.durable_after(self.run_id, after)
-            while after < durable:
-                last = min(durable, after + size)
-                batch = self._remembered(after, last) or await self._journal.read(self.run_id, after, last - after)
-                after = batch[-1].seq
-                yield batch
+        return _Batches(self, after, size)
 
-    def _remembered(self, after: int, last: int) -> list[EventRecord]:
-        """Return the records ``after < seq <= last`` if all of them are still in memory, else nothing."""
-        if after + 1 not in self._recent:
-            return []
-        return [self._recent[seq] for seq in range(after + 1, last + 1)]
+    async def _next(self, after: int, size: int) -> Sequence[EventRecord]:
+        """Return the next durable records, waiting for them; none once the log has ended."""
+        if self._end is not None and after >= self._end:
+            return ()
+        last = min(await self._journal.durable_after(self.run_id, after), after + size)
+        if after + 1 in self._recent:
+            return [self._recent[seq] for seq in range(after + 1, last + 1)]
+        return await self._journal.read(self.run_id, after, last - after)
+
+
+class _Batches:
+    """A place in a log. Not a generator: those want to be closed when they are left."""
+
+    def __init__(self, log: EventLog, after: int, size: int) -> None:
+        self._log = log
+        self._after = after
+        self._size = size
+
+    def __aiter__(self) -> "_Batches":
+        return self
+
+    async def __anext__(self) -> Sequence[EventRecord]:
+        batch = await self._log._next(self._after, self._size)
+        if not batch:
+            raise StopAsyncIteration
+        self._after = batch[-1].seq
+        return batch
+
+
+class _Records:
+    """The records of batches, one by one."""
+
+    def __init__(self, batches: AsyncIterator[Sequence[EventRecord]]) -> None:
+        self._batches = batches
+        self._ready: Iterator[EventRecord] = iter(())
+
+    def __aiter__(self) -> "_Records":
+        return self
+
+    async def __anext__(self) -> EventRecord:
+        record = next(self._ready, None)
+        if record is None:
+            self._ready = iter(await anext(self._batches))
+            record = next(self._ready)
+        return record
