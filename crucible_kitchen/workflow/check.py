@@ -174,7 +174,7 @@ class _Checker:
         origin, args = get_origin(returns) or returns, get_args(returns)
         if origin is range:
             return int
-        if origin is object or not isinstance(origin, type):
+        if origin in (Any, object) or not isinstance(origin, type):
             return Any
         indexed = hasattr(origin, "__len__") and hasattr(origin, "__getitem__") and not issubclass(origin, Mapping)
         if indexed or fits(origin, Positioned):
@@ -262,7 +262,7 @@ class _Checker:
                 self._state_read(p, scope, path)
 
     def _config_read(self, p: Parameter, scope: Scope, path: str) -> None:
-        if isinstance(p.type, type) and not issubclass(scope.config, p.type):
+        if p.type is not Any and isinstance(p.type, type) and not issubclass(scope.config, p.type):
             want, have = p.type.__name__, scope.config.__name__
             self.problem(path, f"needs a {want}, but the workflow's config is a {have}; inherit from it")
 

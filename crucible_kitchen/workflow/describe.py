@@ -78,7 +78,7 @@ def _step_line(step: Step) -> str:
     reads = ", ".join([*facts["ports"], *facts["reads"]])
     arrow = f" -> {step.writes}" if step.writes else ""
     config = next((p.type for p in step.signature.parameters if p.name == "config"), None)
-    keyed = f"  [{config.__name__}]" if isinstance(config, type) else ""
+    keyed = f"  [{config.__name__}]" if isinstance(config, type) and config is not Any else ""
     live = " (open until the block ends)" if isinstance(step, Resource) else ""
     return f"{step.name}({reads}){arrow}{keyed}{live}"
 

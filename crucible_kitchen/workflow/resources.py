@@ -35,6 +35,7 @@ class LiveResource:
         self._on_death = on_death
         self._scope = anyio.CancelScope(shield=True)
         self._yielded = False
+        self._handed_out = False
         self._opened = anyio.Event()
         self._closing = anyio.Event()
         self._ended = anyio.Event()
@@ -68,6 +69,7 @@ class LiveResource:
             ) from self._error
         if self._error is not None:
             raise self._error
+        self._handed_out = True
         return self._value
 
     async def close(self, grace: float) -> None:
@@ -104,7 +106,7 @@ class LiveResource:
         finally:
             self._ended.set()
             self._opened.set()
-        if self._yielded and self._error is not None and not self._closing.is_set():
+        if self._handed_out and self._error is not None and not self._closing.is_set():
             self._on_death(self._error)
 
     async def _live(self) -> None:
