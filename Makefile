@@ -1,8 +1,9 @@
 # One command per thing a person wants. Everything runs in .venv, which `install` makes and the others make when needed.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
-EXTRAS := torch,data,envs,tensorboard,dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+RUN := .venv/.installed-run
+DEV := .venv/.installed-dev
 
 .PHONY: help install demo test e2e lint format bench clean
 
@@ -13,33 +14,38 @@ help:
 	@echo "make bench    the tables of docs/benchmarks.md"
 	@echo "make install  the virtual environment only"
 
-install: $(STAMP)
+install: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
+$(RUN): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	touch $(STAMP)
+	$(PIP) -e ".[torch]"
+	touch $@
 
-demo: $(STAMP)
+$(DEV): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e ".[torch,data,envs,tensorboard,dev]"
+	touch $@ $(RUN)
+
+demo: $(RUN)
 	$(BIN)/crucible-kitchen run sums_demo
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 test: lint
 	$(BIN)/pytest -m "not e2e and not peers" --durations=10
 
-e2e: $(STAMP)
+e2e: $(DEV)
 	$(BIN)/pytest -m "e2e and not peers" --durations=10
 
-bench: $(STAMP)
+bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:

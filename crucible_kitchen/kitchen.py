@@ -142,7 +142,12 @@ class Kitchen:
     ) -> bool | None:
         assert self._stack is not None
         stack, self._stack = self._stack, None
-        return await stack.__aexit__(kind, error, traceback)
+        try:
+            return await stack.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            if error is not None and group.exceptions == (error,):
+                return False  # the block's own error, which the task group wrapped: it is raised as it was
+            raise
 
     async def _close_adapters(self) -> None:
         built, self._built = self._built, {}

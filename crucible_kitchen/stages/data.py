@@ -23,7 +23,7 @@ __all__ = ["Batch", "Corpus", "EpochBatches", "SupervisedDataConfig", "TrainingD
 ROWS_PER_CHUNK = 512  # rows tokenized between two chances to cancel
 
 
-class SupervisedDataConfig(DataConfig, EvalConfig, OptimConfig, ModelConfig):
+class SupervisedDataConfig(ModelConfig, DataConfig, OptimConfig, EvalConfig):
     """What preparing the data depends on."""
 
 

@@ -16,7 +16,7 @@ from crucible_kitchen.workflow.stage import stage
 __all__ = ["RegisterConfig", "register_model", "registry_given"]
 
 
-class RegisterConfig(RegistryConfig, ModelConfig, DataConfig):
+class RegisterConfig(ModelConfig, DataConfig, RegistryConfig):
     """What registering depends on."""
 
 

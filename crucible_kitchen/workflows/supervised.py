@@ -30,7 +30,7 @@ from crucible_kitchen.workflow.nodes import Loop, When, Workflow
 __all__ = ["SupervisedConfig", "supervised"]
 
 
-class SupervisedConfig(RegisterConfig, SupervisedDataConfig, CheckpointConfig):
+class SupervisedConfig(SupervisedDataConfig, CheckpointConfig, RegisterConfig):
     """Everything that can be set for supervised fine-tuning."""
 
 

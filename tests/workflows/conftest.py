@@ -1,0 +1,36 @@
+"""The same kitchen as in tests/kitchen."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crucible_kitchen.kitchen import Kitchen
+
+NOOP = {
+    "training_client": "noop",
+    "dataset_store": "noop",
+    "evaluator": "noop",
+    "model_registry": "noop",
+    "blob_store": "noop",
+}
+
+
+@pytest.fixture
+def kitchen(home: Path) -> Kitchen:
+    """A closed kitchen on noop adapters."""
+    return Kitchen(NOOP, home=home)
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    """A run of three small steps."""
+    return {
+        "model": "noop",
+        "dataset": "noop",
+        "dataset_size": 40,
+        "batch_size": 16,
+        "eval_size": 8,
+        "eval_max_tokens": 4,
+        "learning_rate": 0.05,
+    }
