@@ -37,6 +37,7 @@ class HuggingFaceModel:
     """
 
     module: Module
+    from_seed = False
 
     def __init__(self, causal: Any, peft: Any, tokenizer: HFTokenizer) -> None:
         self.module = causal

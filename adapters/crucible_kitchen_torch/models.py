@@ -50,6 +50,9 @@ class CausalModel(Protocol):
 
     facts: ModelFacts
 
+    from_seed: bool
+    """Whether its weights, frozen ones included, came from the session's seed: then a state must hold all of them."""
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""

@@ -33,7 +33,7 @@ class TinyConfig:
     vocab_size: int = 262
     width: int = 128
     layers: int = 3
-    heads: int = 4
+    heads: int = 16
     inner: int = 344
     context: int = 2048
     rope_base: float = 10_000.0

@@ -26,8 +26,9 @@ class TinyBackend:
 
     module: Module
 
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, *, from_seed: bool) -> None:
         self._model = model
+        self.from_seed = from_seed
         self.module = model
         self.tokenizer = ByteTokenizer()
         c = model.config
@@ -42,7 +43,7 @@ class TinyBackend:
         model = model.to(device=place.device, dtype=place.dtype)
         if spec.lora is not None:
             add_lora(model, spec.lora)
-        return cls(model)
+        return cls(model, from_seed=path is None)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """See ``CausalModel``."""

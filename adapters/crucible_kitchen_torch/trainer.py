@@ -83,6 +83,7 @@ class Trainer:
         self._module = self.model.module.eval()
         self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
         self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        self._kept = dict(self._module.named_parameters()) if self.model.from_seed else self._params
         self._adam = Adam(self._params)
         self._snapshot: Snapshot | None = None
         self.position = 0
@@ -191,7 +192,7 @@ class Trainer:
         """Copy the live weights for those who hold them, just before they change."""
         held, self._snapshot = self._snapshot, None
         if held is not None and held.holders > 0:
-            held.weights = {n: p.detach().clone() for n, p in self._params.items()}
+            held.weights = {n: p.detach().clone() for n, p in self._kept.items()}
 
     @contextmanager
     def weights(self, at: Snapshot | None) -> Iterator[None]:
@@ -199,18 +200,18 @@ class Trainer:
         if at is None or at.weights is None:
             yield
             return
-        live = {n: p.data for n, p in self._params.items()}
-        for n, p in self._params.items():
+        live = {n: p.data for n, p in self._kept.items()}
+        for n, p in self._kept.items():
             p.data = at.weights[n]
         try:
             yield
         finally:
-            for n, p in self._params.items():
+            for n, p in self._kept.items():
                 p.data = live[n]
 
     def save(self, name: str) -> StateRef:
-        """Write weights that train, moments and random state."""
-        tensors = {f"weights/{n}": p.detach() for n, p in self._params.items()}
+        """Write the weights (those that train, where the others are found elsewhere), moments and random state."""
+        tensors = {f"weights/{n}": p.detach() for n, p in self._kept.items()}
         tensors |= {f"adam/{key}": t for key, t in self._adam.tensors().items()}
         tensors |= {f"rng/{key}": t for key, t in self.rng.tensors().items()}
         facts: JsonObject = {
@@ -232,13 +233,13 @@ class Trainer:
         """
         tensors, facts = read_state(state)
         weights = _below("weights/", tensors)
-        if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._params.items()}:
+        if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._kept.items()}:
             raise BackendUserError(
                 f"the state is one of {facts['model']!r} with other trained weights",
                 hint="open the session with the model and LoRA the state was saved with",
             )
         self._freeze_snapshot()
-        for n, p in self._params.items():
+        for n, p in self._kept.items():
             p.copy_(weights[n])
         self._adam.restore(_below("adam/", tensors))
         self.rng.restore(_below("rng/", tensors), int(facts["seed"]), int(facts["requests"]))

@@ -1,4 +1,4 @@
-"""The torch executor keeps the contract of training clients, with each kind of model and of training."""
+"""The torch executor keeps the contract of training clients with a model of transformers as well."""
 
 from pathlib import Path
 from urllib.parse import urlparse
@@ -11,7 +11,7 @@ from crucible_kitchen_torch import TorchTrainingClient
 
 pytestmark = pytest.mark.anyio
 
-KINDS = {"tiny": None, "tiny-lora": LoraSpec(4), "llama": None, "llama-lora": LoraSpec(4)}
+KINDS = {"all_weights": None, "lora": LoraSpec(4)}
 
 
 def spoil(state: StateRef) -> None:
@@ -25,11 +25,10 @@ def spoil(state: StateRef) -> None:
 @pytest.mark.parametrize("check", contracts.TRAINING_CLIENT, ids=contracts.name)
 async def test_training_client(check, kind, llama, tmp_path):
     client = TorchTrainingClient(threads=1)
-    model = str(llama) if kind.startswith("llama") else "tiny"
     await check(
         contracts.TrainingClientCase(
             client,
-            model,
+            str(llama),
             tmp_path,
             KINDS[kind],
             tolerance=1e-4,
