@@ -5,6 +5,7 @@ It forgets everything with its process. Read next: ``crucible_kitchen.ports.blob
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import anyio.lowlevel
@@ -97,12 +98,15 @@ def _write_tree(directory: Path, contents: dict[str, bytes]) -> None:
     if directory.exists():
         raise Conflict(f"the directory {directory.name!r} exists already", hint="name one that does not")
     aside = directory.with_name(directory.name + ".part")
+    paths = {aside / relative: data for relative, data in contents.items()}
+    if not all(path.resolve().is_relative_to(aside.resolve()) for path in paths):
+        raise IntegrityError("a stored path leaves its directory")
     with storing("a stored directory"):
-        for relative, data in contents.items():
-            path = aside / relative
-            if not path.resolve().is_relative_to(aside.resolve()):
-                raise IntegrityError("a stored path leaves its directory")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        aside.mkdir(parents=True, exist_ok=True)
-        aside.rename(directory)
+        try:
+            aside.mkdir(parents=True)
+            for path, data in paths.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            aside.rename(directory)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
