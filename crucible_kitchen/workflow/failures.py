@@ -9,7 +9,7 @@ import anyio
 
 from crucible_kitchen.errors import CrucibleError, StageFailed
 
-__all__ = ["as_ours", "first_of", "note", "reacts_to_cancel", "says"]
+__all__ = ["as_ours", "cause_of", "first_of", "note", "reacts_to_cancel", "says"]
 
 _SHOWN = 300
 
@@ -34,9 +34,15 @@ def as_ours(error: BaseException, path: str) -> CrucibleError:
             first.__context__ = error
     else:
         ours = StageFailed(says(first), where=path)
-        ours.__cause__ = error if rest else first
+        ours.__cause__ = cause_of(error)
     note(ours, rest)
     return ours
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what stands as the cause of an error of ours: a group of one is that one, a larger group is kept."""
+    first, rest = _leaves(error)
+    return error if rest else first
 
 
 def first_of(error: BaseException) -> BaseException:

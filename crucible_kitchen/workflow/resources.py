@@ -11,7 +11,7 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import CleanupError, StageFailed, StageTimeout
-from crucible_kitchen.workflow.failures import first_of, says
+from crucible_kitchen.workflow.failures import cause_of, first_of, says
 
 __all__ = ["LiveResource"]
 
@@ -89,7 +89,7 @@ class LiveResource:
                 self._error
             )
         if self._error is not None:
-            raise CleanupError(f"failed to close: {says(first_of(self._error))}") from self._error
+            raise CleanupError(f"failed to close: {says(first_of(self._error))}") from cause_of(self._error)
 
     async def _cancel(self, grace: float) -> bool:
         self._scope.cancel()
@@ -111,6 +111,8 @@ class LiveResource:
 
     async def _live(self) -> None:
         try:
+            if self._closing.is_set():  # given up before it began
+                return
             try:
                 self._value = await anext(self._generator)
             except StopAsyncIteration:
