@@ -63,6 +63,23 @@ async def test_a_built_in_task_as_a_dataset(check):
     await store.aclose()
 
 
+@pytest.mark.parametrize("check", contracts.DATASET_STORE, ids=contracts.name)
+async def test_hugging_face_as_a_dataset_store(check, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("good", "changed"):
+        rows = [{"prompt": f"question {i}", "completion": f"{name} answer {i}"} for i in range(60)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    store = adapter("dataset_store.huggingface")
+    case = contracts.DatasetStoreCase(
+        store,
+        DatasetSpec(str(tmp_path / "good"), holdout=0.2),
+        other_split="test",
+        changed=DatasetSpec(str(tmp_path / "changed"), holdout=0.2),
+    )
+    await check(case)
+    await store.aclose()
+
+
 @pytest.mark.parametrize("check", contracts.BLOB_STORE, ids=contracts.name)
 async def test_files_as_a_blob_store(check, tmp_path, home):
     store = adapter("blob_store.files", home=home)
