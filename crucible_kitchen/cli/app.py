@@ -17,13 +17,12 @@ from crucible_kitchen.cli.console import (
     USAGE,
     answer,
     answer_json,
+    error_lines,
     failure_json,
     forget_output,
-    report,
     say,
 )
 from crucible_kitchen.cli.options import JsonOption
-from crucible_kitchen.errors import CrucibleError
 
 __all__ = ["app", "call"]
 
@@ -55,7 +54,7 @@ def root(
 
 
 def version(as_json: JsonOption = False) -> None:
-    """Show the version of this package, of Python and of the packages that results depend on."""
+    """Show the versions of everything that results depend on."""
     from crucible_kitchen.manifest import package_versions
 
     found = package_versions()
@@ -85,12 +84,6 @@ app.add_typer(models.models, name="models")
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-class BadUsage(CrucibleError):
-    """Raised when the command line itself cannot be understood; only ever shown."""
-
-    code = "usage"
-
-
 def call(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; nothing is raised but what ends the interpreter."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -117,8 +110,9 @@ def _misused(error: Exception, *, as_json: bool) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         say(message)
         return USAGE
-    told = BadUsage(message, hint=f"{path} --help")
-    report(told, debug=False)
+    facts = {"code": "usage", "message": message, "where": None, "hint": f"{path} --help"}
+    for line in error_lines(facts):
+        say(line)
     if as_json:
-        answer_json(failure_json(told))
+        answer_json(failure_json(facts))
     return USAGE

@@ -83,7 +83,7 @@ def _recipe_row(name: str, recipe: "Recipe") -> dict[str, Any]:
 
 @reporting
 def adapters(as_json: JsonOption = False) -> None:
-    """List the adapters of every port, and whether they can be used."""
+    """List the adapters, and whether they can be used."""
     from crucible_kitchen.cli.doctor import adapter_rows
     from crucible_kitchen.registry import Registry
 
@@ -117,7 +117,7 @@ def describe(
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Draw the workflow as a Mermaid flowchart.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Describe a workflow or recipe with its stages and config keys, or one stage."""
+    """Describe a workflow, recipe or stage, with its config keys."""
     from crucible_kitchen.cli.given import target
     from crucible_kitchen.registry import Registry
 

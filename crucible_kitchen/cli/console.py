@@ -27,6 +27,8 @@ __all__ = [
     "USAGE",
     "answer",
     "answer_json",
+    "error_facts",
+    "error_lines",
     "failure_json",
     "forget_output",
     "known_error",
@@ -95,17 +97,21 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     console.print(shown)
 
 
-def error_lines(error: CrucibleError) -> list[str]:
+def error_facts(error: CrucibleError) -> dict[str, Any]:
+    """Return an error as the store and ``--json`` hold it."""
+    return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+
+
+def error_lines(facts: Mapping[str, Any], problems: Sequence[str] = ()) -> list[str]:
     """Return an error as people read it: what and where in one line, then what to do; several problems, one a line."""
-    problems = getattr(error, "problems", ())
-    message = f"{error.where}: {error.message}" if error.where else error.message
+    message = f"{facts['where']}: {facts['message']}" if facts["where"] else facts["message"]
     if len(problems) > 1:
         message = message.partition(": ")[0] + ":"
-    lines = [f"error [{error.code}] {_one_line(message)}"]
+    lines = [f"error [{facts['code']}] {_one_line(message)}"]
     if len(problems) > 1:
         lines += [f"  - {_one_line(problem)}" for problem in problems]
-    if error.hint:
-        lines.append(f"hint: {_one_line(error.hint)}")
+    if facts["hint"]:
+        lines.append(f"hint: {_one_line(facts['hint'])}")
     return lines
 
 
@@ -113,17 +119,16 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def failure_json(error: CrucibleError, *, run_id: str | None = None, status: str = "failed") -> dict[str, Any]:
+def failure_json(facts: Mapping[str, Any], *, run_id: str | None = None, status: str = "failed") -> dict[str, Any]:
     """Return a failure as ``--json`` prints it."""
-    told = {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
-    return {"run_id": run_id, "status": status, "error": told}
+    return {"run_id": run_id, "status": status, "error": dict(facts)}
 
 
 def report(error: CrucibleError, *, debug: bool) -> None:
     """Tell people of an error; with ``debug`` also where it was raised."""
     if debug:
         say("".join(traceback.format_exception(error)).rstrip())
-    for line in error_lines(error):
+    for line in error_lines(error_facts(error), getattr(error, "problems", ())):
         say(line)
 
 
@@ -150,7 +155,7 @@ def reporting(command: Callable[P, None]) -> Callable[P, None]:
             known = known_error(error)
             report(known, debug=debug)
             if kwargs.get("as_json"):
-                answer_json(failure_json(known))
+                answer_json(failure_json(error_facts(known)))
             raise typer.Exit(USAGE if isinstance(known, BAD_USAGE) else FAILED) from None
 
     if not own_debug:

@@ -36,7 +36,7 @@ _EXTRA = re.compile(r"extra\s*==\s*['\"](?P<extra>[^'\"]+)['\"]")
 
 @reporting
 def doctor(home: HomeOption = DEFAULT_HOME, as_json: JsonOption = False) -> None:
-    """Say what is installed, which adapters can be used, and what to install for the rest."""
+    """Say what is installed, what can be used, what to install."""
     found = examination(home)
     if as_json:
         answer_json(found)

@@ -119,7 +119,7 @@ def events(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the events of a run, one a line; or list what events there are."""
+    """Show the events of a run, or what events there are."""
     if schema:
         _schema(as_json=as_json)
         return

@@ -7,6 +7,7 @@ A run ends with an exit code that agrees with the run store: 0 completed, 1 fail
 import os
 import signal
 import sys
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from crucible_kitchen.cli.console import (
     USAGE,
     answer,
     answer_json,
+    error_facts,
     failure_json,
     known_error,
     report,
@@ -53,6 +55,9 @@ if TYPE_CHECKING:
 __all__ = ["run", "validate"]
 
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "paused": PAUSED, "cancelled": CANCELLED}
+ONE_SIGNAL_SECONDS = 0.2
+"""Signals closer together than this are one: a terminal and a parent process may both send it."""
+
 RUN_KEYS = ("run_id", "status", "state", "metrics", "artifacts", "duration_s")
 
 
@@ -86,7 +91,7 @@ class Ended:
         known = {key: self.facts[key] for key in RUN_KEYS if key in self.facts}
         if self.error is None:
             return known
-        return known | failure_json(self.error, run_id=self.run_id, status=self.status)
+        return known | failure_json(error_facts(self.error), run_id=self.run_id, status=self.status)
 
 
 class Interrupt:
@@ -107,8 +112,10 @@ class Interrupt:
                     self.starting.cancel()
                 else:
                     group.start_soon(self.handle.cancel)
-                await anext(signals)
-                end_at_once()
+                since = time.monotonic()
+                async for _ in signals:
+                    if time.monotonic() - since > ONE_SIGNAL_SECONDS:
+                        end_at_once()
 
 
 def end_at_once() -> None:
@@ -178,7 +185,7 @@ def validate(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a workflow with its config and adapters without running it; the same as `run --dry-run`."""
+    """Check a run without running it; the same as `run --dry-run`."""
     checked(understood(target, values, config, adapter), home, as_json=as_json)
 
 
