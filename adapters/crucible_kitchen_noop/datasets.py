@@ -1,5 +1,6 @@
-"""A dataset store whose rows are made on the spot: a word, and the word in capital letters.
+"""A dataset store whose rows are made on the spot: a word, and its last letter as a capital.
 
+The toy model can learn that: the answer depends on the last token only.
 It writes and reads nothing. Read next: ``crucible_kitchen.ports.dataset_store``.
 """
 
@@ -24,7 +25,7 @@ _SPLITS = {"train": 64, "validation": 16, "test": 16}
 
 @dataclass(frozen=True)
 class NoopDataset:
-    """Rows ``{"prompt": "upper abcd =", "completion": " ABCD"}``; see ``Dataset``.
+    """Rows ``{"prompt": "abcd", "completion": "D"}``; see ``Dataset``.
 
     Attributes:
         name: what it was opened as.
@@ -67,7 +68,7 @@ def _checked(index: int, size: int) -> int:
 
 def _row(number: int) -> Row:
     word = "".join(_LETTERS[number // 26**place % 26] for place in range(4))
-    return {"prompt": f"upper {word} =", "completion": f" {word.upper()}"}
+    return {"prompt": word, "completion": word[-1].upper()}
 
 
 class NoopDatasetStore:
