@@ -52,8 +52,7 @@ def _lines(nodes: tuple[Node, ...], indent: str) -> Iterator[str]:
         if isinstance(node, Step):
             yield f"{indent}{_step_line(node)}"
         elif isinstance(node, Loop):
-            until = f", until {_name(node.until)}" if node.until else ""
-            yield f"{indent}for {node.name} in {_name(node.over)}{until}"
+            yield f"{indent}{_loop_title(node)}"
             yield from _lines(node.body, deeper)
         elif isinstance(node, When):
             yield f"{indent}when {_name(node.test)}"
@@ -63,7 +62,8 @@ def _lines(nodes: tuple[Node, ...], indent: str) -> Iterator[str]:
                 yield from _lines(node.otherwise, deeper)
         elif isinstance(node, Parallel):
             limit = f", {node.limit} at a time" if node.limit else ""
-            yield f"{indent}in parallel{limit}"
+            skip = ", skipping what fails" if node.on_error == "skip" else ""
+            yield f"{indent}in parallel{limit}{skip}"
             for number, branch in enumerate(node.branches, 1):
                 yield f"{deeper}branch {number}"
                 yield from _lines(branch, deeper + "  ")
@@ -74,13 +74,26 @@ def _lines(nodes: tuple[Node, ...], indent: str) -> Iterator[str]:
 
 
 def _step_line(step: Step) -> str:
-    facts = describe_step(step)
-    reads = ", ".join([*facts["ports"], *facts["reads"]])
     arrow = f" -> {step.writes}" if step.writes else ""
-    config = next((p.type for p in step.signature.parameters if p.name == "config"), None)
-    keyed = f"  [{config.__name__}]" if isinstance(config, type) and config is not Any else ""
+    part = _config_part(step)
     live = " (open until the block ends)" if isinstance(step, Resource) else ""
-    return f"{step.name}({reads}){arrow}{keyed}{live}"
+    return f"{_call(step)}{arrow}{f'  [{part}]' if part else ''}{live}"
+
+
+def _call(step: Step) -> str:
+    """Return a stage with what it reads: ports first, then state."""
+    facts = describe_step(step)
+    return f"{step.name}({', '.join([*facts['ports'], *facts['reads']])})"
+
+
+def _config_part(step: Step) -> str:
+    """Return the name of the config part that a stage asks for, or nothing."""
+    config = next((p.type for p in step.signature.parameters if p.name == "config"), Any)
+    return config.__name__ if isinstance(config, type) and config is not Any else ""
+
+
+def _loop_title(node: Loop) -> str:
+    return f"for {node.name} in {_name(node.over)}" + (f", until {_name(node.until)}" if node.until else "")
 
 
 def _name(fn: Any) -> str:
@@ -101,6 +114,7 @@ class _Chart:
         self._lines: list[str] = []
 
     def draw(self, workflow: Workflow) -> list[str]:
+        """Return the lines of the chart."""
         self._block(workflow.body, [], "  ")
         return self._lines
 
@@ -109,34 +123,38 @@ class _Chart:
         return f"n{self._count}"
 
     def _block(self, nodes: tuple[Node, ...], ends: list[str], indent: str) -> list[str]:
-        """Draw nodes after the given ends; returns the new ends."""
+        """Draw nodes after the given ends, each an id, perhaps with its answer; returns the new ends."""
         for node in nodes:
             if isinstance(node, Step):
-                ends = self._box(ends, indent, _label(node.name, node.writes), round_=isinstance(node, Resource))
+                shape = ("([", "])") if isinstance(node, Resource) else ("[", "]")
+                ends = [self._box(ends, indent, _label(node), shape)]
             elif isinstance(node, When):
-                test = self._box(ends, indent, _name(node.test), diamond=True)
-                no = self._block(node.otherwise, test, indent) if node.otherwise else test
-                ends = [*self._block(node.body, test, indent), *no]
+                test = self._box(ends, indent, _name(node.test), ("{", "}"))
+                yes, no = [f"{test} -->|yes|"], [f"{test} -->|no|"]
+                ends = [*self._block(node.body, yes, indent), *self._block(node.otherwise, no, indent)]
             elif isinstance(node, Parallel):
                 fork = ends
-                ends = [end for branch in node.branches for end in self._block(branch, fork, indent)]
+                ends = [end for branch in node.branches for end in self._block(branch, fork, indent)] or fork
             else:
-                title = f"for {node.name} in {_name(node.over)}" if isinstance(node, Loop) else node.name
-                self._lines.append(f'{indent}subgraph {self._id()}["{title}"]')
-                inner = self._block(node.body, ends, indent + "  ")
+                title = _loop_title(node) if isinstance(node, Loop) else node.name
+                self._lines.append(f'{indent}subgraph {self._id()}["{_quoted(title)}"]')
+                ends = self._block(node.body, ends, indent + "  ")
                 self._lines.append(f"{indent}end")
-                ends = inner
         return ends
 
-    def _box(
-        self, ends: list[str], indent: str, label: str, *, round_: bool = False, diamond: bool = False
-    ) -> list[str]:
+    def _box(self, ends: list[str], indent: str, label: str, shape: tuple[str, str]) -> str:
         new = self._id()
-        left, right = ("{", "}") if diamond else ("([", "])") if round_ else ("[", "]")
-        self._lines.append(f'{indent}{new}{left}"{label}"{right}')
-        self._lines += [f"{indent}{end} --> {new}" for end in dict.fromkeys(ends)]
-        return [new]
+        self._lines.append(f'{indent}{new}{shape[0]}"{_quoted(label)}"{shape[1]}')
+        for end in dict.fromkeys(ends):
+            self._lines.append(f"{indent}{end if '-->' in end else f'{end} -->'} {new}")
+        return new
 
 
-def _label(name: str, writes: str | None) -> str:
-    return f"{name}<br/>→ {writes}" if writes else name
+def _quoted(label: str) -> str:
+    return label.replace('"', "#quot;")
+
+
+def _label(step: Step) -> str:
+    part = _config_part(step)
+    lines = [_call(step), f"→ {step.writes}" if step.writes else "", f"config: {part}" if part else ""]
+    return "<br/>".join(line for line in lines if line)

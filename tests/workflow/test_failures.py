@@ -76,7 +76,7 @@ CASES = list(itertools.product((False, True), repeat=3))
 
 
 @pytest.mark.parametrize(("stage_fails", "cancelled", "close_fails"), CASES)
-async def test_what_comes_first_is_what_is_reported(
+async def test_what_comes_first_is_what_is_reported(  # noqa: C901 - a table of eight cases
     stage_fails: bool, cancelled: bool, close_fails: bool, run_workflow: Any, log: Any
 ) -> None:
     """The table of failure, cancellation during it, and failure of the clean-up."""

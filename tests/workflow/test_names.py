@@ -197,7 +197,7 @@ def test_the_state_is_read_by_attribute_item_or_type_and_never_written() -> None
     view = StateView({"a": 1})
     assert (view.a, view["a"], view.get("a", int), "a" in view, list(view), len(view)) == (1, 1, 1, True, ["a"], 1)
     with pytest.raises(AttributeError, match="no stage wrote 'b'; written: a"):
-        view.b
+        _ = view.b
     with pytest.raises(KeyError):
         view["b"]
     with pytest.raises(TypeError, match="'a' is a int, not a str"):

@@ -135,7 +135,9 @@ async def test_a_resource_may_open_a_task_group_around_its_yield(run_workflow: A
     assert len(beats) >= 3
 
 
-async def test_a_resource_that_dies_early_fails_its_block_with_its_error(house: House, run_workflow: Any, log: Any) -> None:
+async def test_a_resource_that_dies_early_fails_its_block_with_its_error(
+    house: House, run_workflow: Any, log: Any
+) -> None:
     died = anyio.Event()
 
     @stage(writes="pool")
