@@ -124,7 +124,8 @@ class CrucibleError(Exception):
 
 def _rebuild(cls: type[CrucibleError], args: tuple[Any, ...], state: dict[str, Any]) -> CrucibleError:
     """Rebuild an error on the other side of a process boundary without calling its constructor."""
-    error = cls.__new__(cls, *args)
+    # MemoryError makes its own instances from a free list and refuses to make a subclass's.
+    error: CrucibleError = (Exception if issubclass(cls, MemoryError) else cls).__new__(cls, *args)
     error.args = args
     error.__dict__.update(state)
     return error
