@@ -62,7 +62,7 @@ class Kitchen:
     Args:
         adapters: adapter by port; what is not given is the embedded default.
         home: directory for runs, blobs and the registry.
-        sinks: where events go besides the run's log.
+        sinks: where events go besides the run's log; they are closed with the kitchen.
         metrics_port: serve Prometheus metrics on this port; 0 takes a free one.
         metrics_host: the interface they are served on; loopback unless said.
         registry: names known; unset: what the installed packages offer.
@@ -128,6 +128,7 @@ class Kitchen:
             await run_sync(_make_directory, self._home)
             await stack.enter_async_context(self.store)
             stack.push_async_callback(self._close_adapters)
+            stack.push_async_callback(self._close_sinks)
             if self._metrics_port is not None:
                 prometheus = PrometheusSink()
                 self._metrics = await serve_metrics(prometheus.registry, self._metrics_port, self._metrics_host)
@@ -148,6 +149,11 @@ class Kitchen:
             if error is not None and group.exceptions == (error,):
                 return False  # the block's own error, which the task group wrapped: it is raised as it was
             raise
+
+    async def _close_sinks(self) -> None:
+        with anyio.CancelScope(shield=True):
+            for sink in self._sinks:
+                await sink.aclose()
 
     async def _close_adapters(self) -> None:
         built, self._built = self._built, {}

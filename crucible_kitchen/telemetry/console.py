@@ -49,7 +49,7 @@ class ConsoleSink:
 
     name = "console"
 
-    def __init__(self, *, file: TextIO | None = None, terminal: bool | None = None, interval: float = 1.0) -> None:
+    def __init__(self, *, file: TextIO | None = None, terminal: bool | None = None, interval: float = 5.0) -> None:
         self._out = file
         self._terminal = terminal
         self._interval = interval
