@@ -44,7 +44,7 @@ class TorchTrainingClient:
         device: str = "auto",
         dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
         threads: int | None = None,
-        tokens_per_microbatch: int = 4096,
+        tokens_per_microbatch: int = 1024,
         deterministic: bool = False,
     ) -> None:
         self._options = TorchOptions(device, dtype, threads, tokens_per_microbatch, deterministic)

@@ -34,12 +34,14 @@ class HuggingFaceModel:
         causal: the model, with adapters injected if there are any.
         peft: peft's wrapper around it, or None.
         tokenizer: its tokenizer.
+        name: what it was opened as.
     """
 
     module: Module
     from_seed = False
 
-    def __init__(self, causal: Any, peft: Any, tokenizer: HFTokenizer) -> None:
+    def __init__(self, causal: Any, peft: Any, tokenizer: HFTokenizer, name: str) -> None:
+        self._name = name
         self.module = causal
         self._causal = causal
         self._peft = peft
@@ -57,7 +59,7 @@ class HuggingFaceModel:
         vocab_size = int(causal.get_input_embeddings().weight.shape[0])
         tokenizer = HFTokenizer(inner, vocab_size, spec.chat_template, eos)
         peft = _add_lora(causal, spec.lora) if spec.lora is not None else None
-        return cls(causal, peft, tokenizer)
+        return cls(causal, peft, tokenizer, spec.model)
 
     @torch.no_grad()
     def _can_split(self) -> bool:
@@ -105,7 +107,6 @@ class HuggingFaceModel:
 
     def export(self, directory: Path) -> ExportedModel:
         """Write adapters (``peft``) or the whole model (``transformers``), and the tokenizer."""
-        name = str(self._causal.config._name_or_path)
         with storage_errors("the exported model"):
             if self._peft is not None:
                 with _without_peft_warnings():
@@ -114,7 +115,7 @@ class HuggingFaceModel:
                 self._causal.save_pretrained(directory)
             self.tokenizer.inner.save_pretrained(directory)
         files = tuple(sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()))
-        return ExportedModel(str(directory), "peft" if self._peft is not None else "transformers", files, name)
+        return ExportedModel(str(directory), "peft" if self._peft is not None else "transformers", files, self._name)
 
 
 def _facts(causal: Any, tokenizer: HFTokenizer) -> ModelFacts:
@@ -151,7 +152,9 @@ def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
     try:
         causal = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=place.dtype, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (RuntimeError, MemoryError):
+        raise  # torch's, translated where torch's are
+    except Exception as error:  # a tokenizer's builder raises plain exceptions
         kind = "hub id" if path is None else "path"
         raise ModelNotFound(
             f"the {kind} {model!r} does not lead to a causal language model: {type(error).__name__}",

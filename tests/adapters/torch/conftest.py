@@ -48,3 +48,46 @@ def llama(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory) -> Path:
+    """A .gguf file with a random Llama of 2 layers and its tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    import numpy as np
+    from tokenizers import pre_tokenizers
+
+    width, inner, heads, kv_heads, layers = 32, 64, 4, 2, 2
+    tokens = ["<|begin|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    small = width * kv_heads // heads
+    shapes = {"token_embd": (len(tokens), width), "output": (len(tokens), width), "output_norm": (width,)}
+    for i in range(layers):
+        shapes |= {f"blk.{i}.attn_{n}": (small if n in "kv" else width, width) for n in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_gate": (inner, width), f"blk.{i}.ffn_up": (inner, width)}
+        shapes |= {f"blk.{i}.ffn_down": (width, inner), f"blk.{i}.attn_norm": (width,), f"blk.{i}.ffn_norm": (width,)}
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = np.ones(shape) if len(shape) == 1 else rng.normal(0, 0.2, shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

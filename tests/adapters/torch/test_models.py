@@ -88,6 +88,14 @@ def scores(model):
     return torch.cat(found).numpy()
 
 
+def test_a_gguf_file_is_trained(tmp_path, gguf_file):
+    trainer = opened(tmp_path, gguf_file, lora=LoraSpec(4))
+    before = look(trainer)
+    train(trainer)
+    assert look(trainer).sum() > before.sum()
+    assert trainer.model.tokenizer.decode(trainer.model.tokenizer.encode("abé")) == "abé"
+
+
 def test_lora_trains_all_linear_layers_but_the_head(tmp_path, llama):
     for model in ("tiny", llama):
         trainer = opened(tmp_path, model, lora=LoraSpec(4))
