@@ -21,6 +21,7 @@ from crucible_kitchen.events import StageErrored, StageStart, StageStop
 from crucible_kitchen.ports import TrainingCapabilities
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.branches import Branches
+from crucible_kitchen.workflow.clock import loop_clock, scope_class
 from crucible_kitchen.workflow.conditions import nested_config
 from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel
 from crucible_kitchen.workflow.frame import Block, Frame, each, opens_resources
@@ -30,6 +31,9 @@ from crucible_kitchen.workflow.run import Run, RunContext, seed_of
 from crucible_kitchen.workflow.stage import Resource, Step, Unset
 
 __all__ = ["execute"]
+
+_DRAIN_EVERY = 64
+"""Stages that do not wait for their records wait for the log to catch up after so many."""
 
 
 async def execute(
@@ -58,6 +62,10 @@ class _Engine:
         self._adapters = adapters
         self._context = context
         self._compensations: list[tuple[Callable[..., Any], dict[str, Any], str]] = []
+        self._now = loop_clock()
+        self._scope = scope_class()
+        self._unwritten = 0
+        self._waits = 0
         self._group: anyio.abc.TaskGroup
 
     async def run(self, workflow: Workflow) -> dict[str, Any]:
@@ -124,14 +132,15 @@ class _Engine:
         try:
             async with aclosing(each(self._call(node.over, frame, path), path)) as items:
                 async for item in items:
-                    frame.prefix = f"{path}[{index}]"
+                    waits, frame.prefix = self._waits, f"{path}[{index}]"
                     frame.turns = {**turns, node.name: index}
                     frame.values[node.name] = item
                     await self._block(node.body, frame)
                     if node.until is not None and self._call(node.until, frame, frame.prefix):
                         break
                     index += 1
-                    await anyio.lowlevel.checkpoint()  # a loop of stages that never wait lets others run
+                    if self._waits == waits:  # a loop of stages that never wait lets others run
+                        await anyio.lowlevel.checkpoint()
         finally:
             frame.prefix, frame.turns = prefix, turns
             frame.values.pop(node.name, None)
@@ -147,7 +156,7 @@ class _Engine:
 
     async def _step(self, step: Step, frame: Frame) -> None:
         path, attempt = f"{frame.prefix}/{step.name}", 1
-        began = anyio.current_time()
+        began = self._now()
         while True:
             self._began(step.name, path, attempt)
             try:
@@ -174,9 +183,15 @@ class _Engine:
 
     async def _settle(self, frame: Frame) -> None:
         """Make a stage's records durable; a stage that swallowed a cancellation ends the run here nevertheless."""
+        self._unwritten += 1
         if not frame.behind:
+            self._waits += 1
             await self._context.recorder.sync()
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        elif self._unwritten >= _DRAIN_EVERY:
+            self._unwritten, self._waits = 0, self._waits + 1
+            await self._context.recorder.drain()
+        else:
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _pause(self, step: Step, path: str, attempt: int) -> None:
         assert step.retry is not None
@@ -190,7 +205,7 @@ class _Engine:
             return await self._open(step, frame, path, arguments, timeout)
         if timeout is None:
             return await step.fn(**arguments)
-        with anyio.CancelScope(deadline=anyio.current_time() + timeout) as scope:
+        with self._scope(deadline=self._now() + timeout) as scope:
             try:
                 return await step.fn(**arguments)
             except Exception as error:
@@ -205,7 +220,7 @@ class _Engine:
         self._context.emit(StageStart(stage=stage, recipe=self._context.recipe, path=path, attempt=attempt))
 
     def _ended(self, stage: str, path: str, began: float) -> None:
-        taken = anyio.current_time() - began
+        taken = self._now() - began
         self._context.emit(StageStop(stage=stage, recipe=self._context.recipe, path=path, duration_s=taken))
 
     def _errored(
@@ -220,7 +235,7 @@ class _Engine:
             code=error.code,
             message=error.message,
             action=action,
-            duration_s=anyio.current_time() - began,
+            duration_s=self._now() - began,
         )
         try:
             self._context.emit(event)
@@ -232,7 +247,7 @@ class _Engine:
     async def _open(
         self, step: Resource[..., Any], frame: Frame, path: str, arguments: dict[str, Any], timeout: float | None
     ) -> Any:
-        block, opened = frame.block, anyio.current_time()
+        block, opened = frame.block, self._now()
         assert block is not None
 
         def died(error: Exception) -> None:
@@ -264,7 +279,7 @@ class _Engine:
                     frame.fail(block, as_ours(error, path))
 
     async def _close(self, path: str, live: LiveResource, grace: float) -> None:
-        where, began = f"{path}/cleanup", anyio.current_time()
+        where, began = f"{path}/cleanup", self._now()
         try:
             self._began("cleanup", where)
         finally:  # a log that cannot be written must not keep a resource open
@@ -278,7 +293,7 @@ class _Engine:
     async def _compensate(self, failure: Exception) -> None:
         """Run the compensations of what had been done, newest first, shielded and bounded."""
         for hook, arguments, path in reversed(self._compensations):
-            where, began = f"{path}/rollback", anyio.current_time()
+            where, began = f"{path}/rollback", self._now()
             try:
                 self._began("rollback", where)
                 await self._bounded(hook, arguments)
@@ -290,7 +305,7 @@ class _Engine:
 
     async def _bounded(self, hook: Callable[..., Any], arguments: dict[str, Any]) -> None:
         grace = self._config.grace
-        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + grace) as scope:
+        with anyio.CancelScope(shield=True, deadline=self._now() + grace) as scope:
             await hook(**arguments)
         if scope.cancelled_caught:
             raise _late(grace, "see the config key grace")

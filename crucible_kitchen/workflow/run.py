@@ -29,7 +29,11 @@ class Recorder(Protocol):
         ...
 
     async def sync(self) -> None:
-        """Return once everything emitted so far is durable."""
+        """Return once everything emitted so far is durable; a checkpoint even if it is already."""
+        ...
+
+    async def drain(self) -> None:
+        """Return once few enough events wait to be written; a checkpoint even if none does."""
         ...
 
 

@@ -37,6 +37,9 @@ class Log:
         self.records.append(record)
         return record
 
+    async def drain(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
     async def sync(self) -> None:
         self.syncs += 1
         await anyio.lowlevel.checkpoint()

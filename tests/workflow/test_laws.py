@@ -247,6 +247,9 @@ class Silent:
     def emit(self, event: Any) -> Any:
         return event
 
+    async def drain(self) -> None:
+        await anyio.lowlevel.checkpoint()
+
     async def sync(self) -> None:
         await anyio.lowlevel.checkpoint()
 
