@@ -43,8 +43,8 @@ PARAMETERS = {
 
 COMMANDS = {
     "": "--version",
-    "run": "target values --config --adapter --home --metrics-port --dry-run --json --jsonl --tensorboard --quiet -q "
-    "--debug",
+    "run": "target values --config --adapter --home --metrics-port --metrics-host --dry-run --json --jsonl "
+    "--tensorboard --quiet -q --debug",
     "validate": "target values --config --adapter --home --json --debug",
     "runs": "--limit --home --json --debug",
     "show": "run --home --json --debug",

@@ -1,6 +1,6 @@
 """``doctor``: what is installed, which adapters can be used, and what to install for the rest.
 
-It asks the machine and changes nothing on it. Read next: ``crucible_kitchen.registry``.
+It asks the machine and leaves nothing on it. Read next: ``crucible_kitchen.registry``.
 """
 
 import os
@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,12 +168,22 @@ def _home(home: Path) -> dict[str, Any]:
     """Return whether state can be kept below a directory, which need not exist yet."""
     path = home.absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
-    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    writable = _can_write(there)
     free = shutil.disk_usage(there).free
     problem = None
     if not writable:
         problem = f"the home {path} cannot be written; give another: --home DIR or CRUCIBLE_HOME"
     return {"path": str(path), "exists": path.exists(), "writable": writable, "free_bytes": free, "problem": problem}
+
+
+def _can_write(directory: Path) -> bool:
+    """Try it, with a file that is gone at once: permissions alone do not tell of read-only or special systems."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"?")
+    except OSError:
+        return False
+    return True
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -130,6 +130,8 @@ def _ask(home: Path, given: str, question: "Callable[[ModelRegistry], Awaitable[
     from crucible_kitchen.cli.given import adapters
     from crucible_kitchen.registry import Registry
 
+    if given == DEFAULT_REGISTRY and not home.exists():
+        given = "model_registry=noop"  # an empty one: the real one would make a home by being asked
     known = Registry.discover()
     ((port, choice),) = adapters(known, [given]).items()
     if port != "model_registry" or choice is None:

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -140,6 +139,9 @@ def run(
             "--metrics-port", metavar="N", min=0, max=65535, help="Serve Prometheus metrics there; 0 takes a free port."
         ),
     ] = None,
+    metrics_host: Annotated[
+        str, typer.Option("--metrics-host", metavar="HOST", help="The interface that metrics are served on.")
+    ] = "127.0.0.1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     as_json: JsonOption = False,
     jsonl: Annotated[Path | None, typer.Option("--jsonl", metavar="FILE", help="Append every event to a file.")] = None,
@@ -162,8 +164,8 @@ def run(
     from crucible_kitchen.kitchen import Kitchen
 
     sinks = chosen_sinks(jsonl, tensorboard, quiet=quiet)
-    kitchen = Kitchen(home=home, sinks=sinks, metrics_port=metrics_port)
-    ended = anyio.run(partial(to_its_end, kitchen, order, sinks))
+    kitchen = Kitchen(home=home, sinks=sinks, metrics_port=metrics_port, metrics_host=metrics_host)
+    ended = anyio.run(partial(to_its_end, kitchen, order))
     if ended.error is not None:
         report(ended.error, debug=debug)
     if as_json:
@@ -269,7 +271,7 @@ def needs_tensorboard() -> None:
         raise MissingExtra("tensorboard", "tensorboard")
 
 
-async def to_its_end(kitchen: "Kitchen", order: Order, sinks: "list[Sink]") -> Ended:
+async def to_its_end(kitchen: "Kitchen", order: Order) -> Ended:
     """Run an order to its end, whatever that is; raises nothing."""
     interrupt = Interrupt()
     ended = Ended(None, "cancelled", RunCancelled("cancelled before the run began"))
@@ -277,7 +279,7 @@ async def to_its_end(kitchen: "Kitchen", order: Order, sinks: "list[Sink]") -> E
         await group.start(interrupt.watch)
         with interrupt.starting:
             try:
-                ended = await in_kitchen(kitchen, order, sinks, interrupt)
+                ended = await in_kitchen(kitchen, order, interrupt)
             except Exception as error:  # noqa: BLE001 - reported as the run's end, with its exit code
                 run_id = interrupt.handle.id if interrupt.handle else None
                 ended = Ended(run_id, "failed", known_error(error), {"run_id": run_id, "status": "failed"})
@@ -285,22 +287,18 @@ async def to_its_end(kitchen: "Kitchen", order: Order, sinks: "list[Sink]") -> E
     return ended
 
 
-async def in_kitchen(kitchen: "Kitchen", order: Order, sinks: "list[Sink]", interrupt: Interrupt) -> Ended:
+async def in_kitchen(kitchen: "Kitchen", order: Order, interrupt: Interrupt) -> Ended:
     """Open the kitchen, run the order and close everything again."""
-    async with AsyncExitStack() as stack:
-        for sink in sinks:
-            stack.push_async_callback(sink.aclose)
-        await stack.enter_async_context(kitchen)
+    async with kitchen:
         handle = interrupt.handle = await kitchen.start(order.target, order.config, adapters=order.adapters)
         if kitchen.metrics_port is not None:
-            say(f"metrics: http://127.0.0.1:{kitchen.metrics_port}/metrics")
+            say(f"metrics are served on port {kitchen.metrics_port}, path /metrics")
+        error: CrucibleError | None = None
         try:
             await handle.wait()
-        except CrucibleError as error:
-            return Ended(handle.id, handle.status, error, await facts_of(kitchen, handle))
-        except Exception as error:  # noqa: BLE001 - a run may end with any error of an adapter
-            return Ended(handle.id, handle.status, known_error(error), await facts_of(kitchen, handle))
-        return Ended(handle.id, handle.status, None, await facts_of(kitchen, handle))
+        except Exception as failure:  # noqa: BLE001 - a run may end with any error of an adapter
+            error = known_error(failure)
+        return Ended(handle.id, handle.status, error, await facts_of(kitchen, handle))
 
 
 async def facts_of(kitchen: "Kitchen", handle: "RunHandle") -> dict[str, Any]:

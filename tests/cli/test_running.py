@@ -178,7 +178,7 @@ def test_events_go_to_a_file_as_lines_of_json(cli: Any, tmp_path: Path) -> None:
 def test_metrics_are_served_during_a_run_and_the_port_is_told(cli: Any) -> None:
     ended = cli("run", "flows.py:cook", "--metrics-port", "0")
     assert ended.code == 0
-    assert "metrics: http://127.0.0.1:" in ended.err
+    assert "metrics are served on port" in ended.err
 
 
 def test_a_home_that_cannot_be_written_is_one_clear_error(cli: Any, tmp_path: Path) -> None:
