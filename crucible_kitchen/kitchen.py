@@ -89,11 +89,13 @@ class Kitchen:
     ) -> None:
         self._choices = {**DEFAULT_ADAPTERS, **(adapters or {})}
         self._home = Path(home).absolute() if home is not None else default_home()
-        self._sinks = list(sinks)
+        self._sinks = tuple(sinks)
+        self._open_sinks: list[Sink] = []
         self._metrics_port = metrics_port
         self._metrics_host = metrics_host
         self._registry = registry
-        self._store = store
+        self._given_store = store
+        self._store: RunStore | None = None
         self._built: dict[str, Any] = {}
         self._stack: AsyncExitStack | None = None
         self._group: anyio.abc.TaskGroup
@@ -113,9 +115,9 @@ class Kitchen:
 
     @property
     def store(self) -> RunStore:
-        """The run store; open inside ``async with`` only."""
+        """The run store; it is there inside ``async with`` only."""
         if self._store is None:
-            self._store = SqliteRunStore(self._home / "runs.db")
+            raise RuntimeError("open the kitchen first: `async with Kitchen() as kitchen:`")
         return self._store
 
     @property
@@ -126,14 +128,15 @@ class Kitchen:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await run_sync(_make_directory, self._home)
-            await stack.enter_async_context(self.store)
-            stack.push_async_callback(self._close_adapters)
-            stack.push_async_callback(self._close_sinks)
+            self._store = self._given_store or SqliteRunStore(self._home / "runs.db")
+            await stack.enter_async_context(self._store)
+            stack.push_async_callback(self._close_parts)
+            self._open_sinks = list(self._sinks)
             if self._metrics_port is not None:
                 prometheus = PrometheusSink()
                 self._metrics = await serve_metrics(prometheus.registry, self._metrics_port, self._metrics_host)
                 stack.push_async_callback(self._metrics.aclose)
-                self._sinks.append(prometheus)
+                self._open_sinks.append(prometheus)
             self._group = await stack.enter_async_context(anyio.create_task_group())
             self._stack = stack.pop_all()
         return self
@@ -150,15 +153,12 @@ class Kitchen:
                 return False  # the block's own error, which the task group wrapped: it is raised as it was
             raise
 
-    async def _close_sinks(self) -> None:
+    async def _close_parts(self) -> None:
+        """Close sinks and adapters, newest first; the store stays open until they are."""
         with anyio.CancelScope(shield=True):
-            for sink in self._sinks:
-                await sink.aclose()
-
-    async def _close_adapters(self) -> None:
-        built, self._built = self._built, {}
-        for adapter in reversed(built.values()):
-            await adapter.aclose()
+            for part in (*self._open_sinks, *reversed(self._built.values())):
+                await part.aclose()
+            self._built = {}
 
     async def run(
         self,
@@ -242,7 +242,7 @@ class Kitchen:
         context, log = await self._begin(recipe, workflow, settings, chosen)
         handle = RunHandle(workflow, settings, chosen, context, log)
         info = RunInfo(context.id, recipe, dict(context.manifest))
-        for sink in self._sinks:
+        for sink in self._open_sinks:
             self._group.start_soon(pump, sink, info, log)
         self._group.start_soon(handle.attempt, self.store, closing)
         return handle

@@ -143,35 +143,34 @@ class RunHandle:
         context = self._context
         try:
             await closing.aclose()
-        except Exception as error:  # noqa: BLE001 - an adapter that cannot be closed fails the run, not the kitchen
-            failure = failure or error
+        except Exception as broken:  # noqa: BLE001 - an adapter that cannot be closed fails the run, not the kitchen
+            failure = failure or broken
         status: FinalStatus = "completed"
         if self._scope.cancelled_caught or (failure is not None and not isinstance(failure, Exception)):
             status, failure = "cancelled", RunCancelled(f"the run {context.id} was cancelled")
         elif failure is not None:
             status = "failed"
-        error = error_json(failure) if isinstance(failure, Exception) and status == "failed" else None
         try:
-            context.emit(WorkflowStop(recipe=context.recipe, status=status, duration_s=took, error=error))
-            await self._log.sync()
-            outcome = {"state": json_part(StateView(state)), "metrics": dict(context.metrics), "duration_s": took}
-            for artifact in context.artifacts:
-                await store.put_artifact(context.id, artifact)
-            await store.put_manifest(context.id, context.manifest)
-            await store.finish_run(context.id, status, outcome, error)
+            await self._record_end(store, state, status, failure, took)
         except CrucibleError as broken:  # the log or the disk: the run cannot be called completed
             status, failure = "failed", failure or broken
         self.status, self._error = status, failure
-        self._result = RunResult(
-            context.id,
-            status,
-            StateView(state),
-            dict(context.metrics),
-            tuple(context.artifacts),
-            context.manifest,
-            took,
-        )
+        view, metrics = StateView(state), dict(context.metrics)
+        self._result = RunResult(context.id, status, view, metrics, tuple(context.artifacts), context.manifest, took)
         self._done.set()
+
+    async def _record_end(
+        self, store: RunStore, state: dict[str, Any], status: FinalStatus, failure: BaseException | None, took: float
+    ) -> None:
+        """Write the last event and the run's row, durably."""
+        context = self._context
+        error = error_json(failure) if failure is not None and status == "failed" else None
+        context.emit(WorkflowStop(recipe=context.recipe, status=status, duration_s=took, error=error))
+        await self._log.sync()
+        for artifact in context.artifacts:
+            await store.put_artifact(context.id, artifact)
+        outcome = {"state": json_part(StateView(state)), "metrics": dict(context.metrics), "duration_s": took}
+        await store.finish_run(context.id, status, outcome, error)
 
 
 def error_json(error: BaseException) -> JsonObject:

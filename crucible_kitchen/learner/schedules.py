@@ -64,7 +64,7 @@ def learning_rate(
     if schedule == "exponential":
         if end <= 0:
             raise ValueError("an exponential schedule needs an end above 0")
-        return peak * end**p
+        return peak * math.pow(end, p)
     return peak * (end + (1 - end) * _remaining(p, schedule, power))
 
 
@@ -74,4 +74,4 @@ def _remaining(p: float, schedule: Schedule, power: float) -> float:
         return 1.0
     if schedule == "cosine":
         return (1 + math.cos(math.pi * p)) / 2
-    return (1 - p) ** (power if schedule == "polynomial" else 1.0)
+    return math.pow(1 - p, power if schedule == "polynomial" else 1.0)

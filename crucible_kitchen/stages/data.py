@@ -13,7 +13,7 @@ from crucible_kitchen.errors import DatasetNotFound, EmptyDataset
 from crucible_kitchen.events import DataPrepared
 from crucible_kitchen.ports import Dataset, DatasetSpec, DatasetStore, EvalExample, Tokenizer, TrainingSession
 from crucible_kitchen.rendering import TokenizedDataset, epoch_order, eval_example, read_row, tokenize
-from crucible_kitchen.types import Datum, Row
+from crucible_kitchen.types import Datum, IntArray, Row
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -50,17 +50,17 @@ class Batch:
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpochBatches(Sequence[Batch]):
     """The batches of one epoch, made when they are asked for; the last one may be smaller."""
 
     epoch: int
-    order: Sequence[int]
+    order: IntArray
     size: int
-    count: int
+    steps: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.steps
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -68,8 +68,8 @@ class EpochBatches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Sequence[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        if not 0 <= index < self.count:
+            return [self[i] for i in range(*index.indices(self.steps))]
+        if not 0 <= index < self.steps:
             raise IndexError(index)
         start = index * self.size
         return Batch(self.epoch, index, tuple(int(i) for i in self.order[start : start + self.size]))

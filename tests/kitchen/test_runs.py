@@ -207,10 +207,10 @@ async def test_metrics_are_served_while_the_kitchen_is_open(home: Path) -> None:
 async def test_a_full_disk_while_saving_fails_the_run_at_its_stage(
     kitchen: Kitchen, config: dict[str, Any], home: Path
 ) -> None:
-    from crucible_kitchen.testing.faults import fail_nth
+    from crucible_kitchen.testing.faults import fails, with_faults
 
     blobs = kitchen.registry.build_adapter("blob_store", "noop", {}, home)
-    full = fail_nth(blobs, "put_tree", StorageFull("no space left on the device", hint="free some"))
+    full = with_faults(blobs, fails("put_tree", StorageFull("no space left on the device", hint="free some")))
     with pytest.raises(StorageFull) as caught:
         await kitchen.run("supervised", config, adapters={"blob_store": full})
     assert caught.value.where == "supervised/save_final"
