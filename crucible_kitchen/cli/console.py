@@ -27,6 +27,7 @@ __all__ = [
     "USAGE",
     "answer",
     "answer_json",
+    "block",
     "error_facts",
     "error_lines",
     "failure_json",
@@ -95,6 +96,25 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     for row in rows:
         shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     console.print(shown)
+
+
+def block(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
+    """Write a title and below it names with values, in two columns; nothing if there is none."""
+    shown = [(name, _in_words(value)) for name, value in pairs]
+    if not shown:
+        return
+    answer(title)
+    width = max(len(name) for name, _ in shown)
+    for name, text in shown:
+        answer(f"  {name:<{width}}  {text}")
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return str(value)
 
 
 def error_facts(error: CrucibleError) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from crucible_kitchen.cli.console import answer, answer_json, reporting, table
+from crucible_kitchen.cli.console import answer, answer_json, block, reporting, table
 from crucible_kitchen.cli.options import DEFAULT_HOME, HomeOption, JsonOption
 from crucible_kitchen.cli.summary import clock
 from crucible_kitchen.errors import AdapterError, VersionNotFound
@@ -91,22 +91,11 @@ def show_model(
     facts = {"stage": found.stage, "registered": clock(found.created_at), "weights": found.uri}
     if found.synthetic:
         facts["synthetic"] = "yes: made by a noop adapter"
-    answer(found.id)
-    for key, value in facts.items():
-        answer(f"  {key:<24} {value}")
-    _block("lineage", found.lineage)
-    _block("metrics", {key: value for key, value in found.metrics.items() if isinstance(value, (int, float))})
+    block(found.id, facts.items())
+    block("lineage", ((key, value) for key, value in found.lineage.items() if value is not None))
+    block("metrics", ((key, value) for key, value in found.metrics.items() if isinstance(value, float)))
     for ancestor in ancestors:
         answer(f"parent {ancestor.id} (run {ancestor.lineage.get('run', 'unknown')})")
-
-
-def _block(title: str, values: Any) -> None:
-    answer(title)
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {inner}" for name, inner in value.items())
-        if value is not None:
-            answer(f"  {key:<24} {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
 def _row(version: "ModelVersion") -> dict[str, Any]:

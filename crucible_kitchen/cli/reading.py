@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from crucible_kitchen.cli.console import answer, answer_json, plain, reporting, table
+from crucible_kitchen.cli.console import answer, answer_json, block, plain, reporting, table
 from crucible_kitchen.cli.options import DEFAULT_HOME, HomeOption, JsonOption
 from crucible_kitchen.cli.summary import clock, run_facts, run_row, summary
 
@@ -88,22 +88,19 @@ def show(
         answer(f"  {'error':<11} [{error['code']}] {place}{error['message']}")
         if error.get("hint"):
             answer(f"  {'hint':<11} {error['hint']}")
-    sections = {"config": _given(facts["config"]), "metrics": facts["metrics"]}
-    for title, values in sections.items():
-        _section(title, values)
-    _section("artifacts", {a["kind"]: f"{a['uri']} ({a['size']} bytes) {a['name']}" for a in facts["artifacts"]})
+    block("config", _given(facts["config"]).items())
+    block("metrics", _measured(facts["metrics"]).items())
+    block("artifacts", [(a["kind"], f"{a['uri']} ({a['size']} bytes) {a['name']}") for a in facts["artifacts"]])
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config's values that say something: what is empty or switched off is left out."""
-    return {key: value for key, value in config.items() if value not in (None, "", [], {}, False)}
+    """Return the config's values that say something: what is unset or empty is left out."""
+    return {key: value for key, value in config.items() if value is not None and value not in ("", [], {})}
 
 
-def _section(title: str, values: dict[str, Any]) -> None:
-    if values:
-        answer(title)
-    for key, value in values.items():
-        answer(f"  {key:<24} {f'{value:.6g}' if isinstance(value, float) else value}")
+def _measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured of the data and the model: how long the last stage took says little."""
+    return {key: value for key, value in metrics.items() if not key.startswith(("stage.", "workflow."))}
 
 
 @reporting
