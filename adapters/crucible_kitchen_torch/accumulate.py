@@ -16,7 +16,7 @@ from crucible_kitchen.types import Array, Datum, Float64Array, Loss, LossValue
 from crucible_kitchen_torch.logprobs import token_logprobs
 from crucible_kitchen_torch.models import CausalModel
 
-__all__ = ["Accumulation", "Pass", "check_datums", "plan"]
+__all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics", "plan"]
 
 
 def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ Loads no torch until a session opens. Read next: ``session.py``.
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from crucible_kitchen.errors import MissingExtra
@@ -75,7 +76,8 @@ class TorchTrainingClient:
             trainer = await lane.run(_load, spec, self._options)
             from crucible_kitchen_torch.session import TorchSession
 
-            async with TorchSession.opened(trainer, lane, self.capabilities) as session:
+            capabilities = replace(self.capabilities, reproducible=trainer.reproducible)
+            async with TorchSession.opened(trainer, lane, capabilities) as session:
                 yield session
 
     def public_options(self) -> JsonObject:

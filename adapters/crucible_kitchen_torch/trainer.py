@@ -75,6 +75,7 @@ class Trainer:
         self._place = placement(options)
         if options.deterministic:
             torch.use_deterministic_algorithms(mode=True)
+        self.reproducible = options.deterministic or self._place.device.type == "cpu"
         self._spec = spec
         self.budget = options.tokens_per_microbatch
         self.rng = SessionRng(spec.seed, self._place.device)
