@@ -23,7 +23,7 @@ $(RUN): pyproject.toml constraints.txt
 
 $(DEV): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -e ".[torch,data,envs,tensorboard,dev]"
+	$(PIP) -e ".[all,dev]"
 	touch $@ $(RUN)
 
 demo: $(RUN)

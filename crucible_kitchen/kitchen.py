@@ -345,5 +345,4 @@ def run(
 
     See :meth:`Kitchen.run`.
     """
-    kitchen = Kitchen(adapters, home=home)
-    return anyio.run(partial(kitchen.run, target, config, dry_run=dry_run))
+    return anyio.run(partial(Kitchen(home=home).run, target, config, adapters=adapters, dry_run=dry_run))

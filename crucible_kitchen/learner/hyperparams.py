@@ -14,7 +14,8 @@ __all__ = ["lora_parameter_count", "recommended_learning_rate"]
 REFERENCE_WIDTH = 2048
 FULL_RATE = 2e-5
 LORA_FACTOR = 10.0
-MOST = 5e-3
+TINY_WIDTH = 256
+TINY_RATE = 2e-3
 
 
 def recommended_learning_rate(info: SessionInfo, *, lora: bool) -> float:
@@ -24,16 +25,16 @@ def recommended_learning_rate(info: SessionInfo, *, lora: bool) -> float:
     falls about with the width (as under the maximal-update parametrisation, Yang et al. 2022, section 3). LoRA wants
     about ten times the rate of full fine-tuning, whatever its rank, because ``alpha / rank`` takes the rank out
     (Schulman et al., "LoRA Without Regret", 2025). Tiny models that learn from scratch take far more: below a width
-    of 256 the rate is 3e-3 (measured on the built-in tasks, see ``docs/benchmarks.md``). Never more than 5e-3.
+    of 256 the rate is 2e-3 (measured on the built-in ``sums``, see ``docs/benchmarks.md``). Never more than that.
 
     Args:
         info: the session's facts; ``hidden_size`` is the width.
         lora: whether adapters are trained and not all weights.
     """
-    if info.hidden_size < 256:
-        return 3e-3
+    if info.hidden_size < TINY_WIDTH:
+        return TINY_RATE
     rate = FULL_RATE * REFERENCE_WIDTH / info.hidden_size
-    return min(MOST, rate * (LORA_FACTOR if lora else 1.0))
+    return min(TINY_RATE, rate * (LORA_FACTOR if lora else 1.0))
 
 
 def lora_parameter_count(config: Mapping[str, Any], rank: int, targets: Sequence[str] = ()) -> int:

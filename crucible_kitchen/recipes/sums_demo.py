@@ -8,6 +8,17 @@ __all__ = ["sums_demo"]
 sums_demo = Recipe(
     "sums_demo",
     supervised,
-    {"model": "tiny", "dataset": "sums", "eval_at_start": True, "register_as": "sums-tiny"},
+    {
+        "model": "tiny",
+        "dataset": "sums",
+        "epochs": 6,
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup": 0.05,
+        "eval_at_start": True,
+        "eval_size": 500,
+        "eval_max_tokens": 8,
+        "register_as": "sums-tiny",
+    },
     description="The built-in tiny model learns two-digit sums: about a minute on two cores",
 )

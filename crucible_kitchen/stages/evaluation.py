@@ -126,7 +126,8 @@ async def evaluate(
 def _can_sample(training_client: TrainingClient, evaluator: Evaluator | None = None) -> None:
     if evaluator is not None and not training_client.capabilities.sampling:
         raise CapabilityError(
-            "the training backend cannot sample, so nothing can be evaluated", hint="give no evaluator: evaluator=none"
+            "the training backend cannot sample, so nothing can be evaluated",
+            hint="give no evaluator: --adapter evaluator=none",
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from crucible_kitchen.events import Event, EventRecord, WarningRaised
+from crucible_kitchen.events import Event, EventRecord, StageErrored, StageStart, StageStop, WarningRaised, WorkflowStop
 from crucible_kitchen.types import BlobRef, JsonObject
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Recorder", "Run", "RunContext", "StateView"]
 
 T = TypeVar("T")
+
+_STRUCTURE = (StageStart, StageStop, StageErrored, WorkflowStop)
+"""Events whose durations describe the run, not the model."""
 
 
 class Recorder(Protocol):
@@ -63,7 +66,7 @@ class RunContext:
 
     def emit(self, event: Event) -> EventRecord:
         """Append an event to the log and keep its measurements as the run's latest."""
-        for name in event.measurements:
+        for name in () if isinstance(event, _STRUCTURE) else event.measurements:
             self.metrics[f"{event.name}.{name}"] = getattr(event, name)
         return self.recorder.emit(event)
 
