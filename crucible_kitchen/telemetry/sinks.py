@@ -24,6 +24,8 @@ ATTEMPTS = 5
 BACKOFF = 0.1
 BACKOFF_MOST = 2.0
 CALL_SECONDS = 10.0
+LINGER = 0.02
+"""Seconds between two batches, so that a sink is not woken by every single commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ async def pump(sink: Sink, run: RunInfo, log: EventLog) -> None:
         await _tried(sink, lambda: sink.open(run))
         async for batch in log.batches():
             await _tried(sink, lambda records=batch: sink.handle(records))  # type: ignore[misc]
+            if not batch[-1].terminal:
+                await anyio.sleep(LINGER)
     except _GaveUp as error:
         _warn(sink, log, str(error))
     except StoreError:  # the run itself learns it from the journal
