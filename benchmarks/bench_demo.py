@@ -3,7 +3,7 @@
 Prints one table. Held-out problems are the task's test split; they are never trained on. CPU seconds count all threads
 of this process, so that they mean something on a busy machine.
 
-    python benchmarks/demo_training.py [--steps 850] [--learning-rate 0.002] [--threads 2] ...
+    python benchmarks/bench_demo.py [--steps 850] [--learning-rate 0.002] [--threads 2] ...
 """
 
 import argparse

@@ -4,7 +4,7 @@ A turn is one ``await asyncio.sleep(0)``; it is measured right before and after 
 slow machine changes both alike. Each figure is the median of the repetitions' ratios, ``best`` the lowest of them:
 where the two are far apart, other work kept the machine busy, which hits what waits for another thread hardest.
 
-    python benchmarks/engine.py [--repetitions 40] [--stages 500] [--long 100000]
+    python benchmarks/bench_engine.py [--repetitions 40] [--stages 500] [--long 100000]
 """
 
 import argparse
