@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -168,7 +169,7 @@ async def test_a_write_that_is_killed_leaves_no_blob_and_what_it_left_goes_after
 
 
 async def test_a_cancelled_write_leaves_nothing(store, home, monkeypatch):
-    reached = anyio.Event()
+    reached, cancelled = anyio.Event(), threading.Event()
     chunks = 0
     real = implementation._check_cancelled
 
@@ -177,7 +178,7 @@ async def test_a_cancelled_write_leaves_nothing(store, home, monkeypatch):
         chunks += 1
         if chunks == 2:
             anyio.from_thread.run_sync(reached.set)
-            anyio.from_thread.run(anyio.sleep_forever)  # ends when the host task is cancelled
+            assert cancelled.wait(10)
         real()
 
     monkeypatch.setattr(implementation, "_check_cancelled", slow)
@@ -186,6 +187,7 @@ async def test_a_cancelled_write_leaves_nothing(store, home, monkeypatch):
             group.start_soon(lambda: store.put(b"x" * 20_000_000, kind="data"))
             await reached.wait()
             group.cancel_scope.cancel()
+            cancelled.set()
     assert chunks == 2
     assert stored(home) == []
 
