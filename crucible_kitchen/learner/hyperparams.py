@@ -1,7 +1,7 @@
-"""Starting points: a learning rate for a model's size, and how many parameters a LoRA really has.
+"""Hyperparameters from facts: a learning rate from a model's size, a LoRA's true number of parameters.
 
-It knows what a session says about its model and what stands in a ``config.json``; it loads nothing.
-Read next: ``crucible_kitchen.learner.schedules``.
+Starting points, not laws; each function says where its numbers come from. Read next:
+``crucible_kitchen.learner.schedules``.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,13 +11,11 @@ from crucible_kitchen.types import SessionInfo
 
 __all__ = ["LLAMA_LIKE", "lora_parameter_count", "recommended_learning_rate"]
 
-_BASE = 5e-5
-_LORA = 10.0
-_WIDTH = 2000
-_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-_OTHER = 0.5
-_TINY, _TINY_LORA = 3e-3, 1e-2
-_LOWEST, _HIGHEST = 1e-6, 1e-2
+REFERENCE_WIDTH = 2048
+FULL_RATE = 2e-5
+LORA_FACTOR = 10.0
+TINY_WIDTH = 256
+TINY_RATE = 2e-3
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -42,29 +40,23 @@ LLAMA_LIKE = frozenset(
 """``model_type`` of the architectures whose layers have the seven linear modules of Llama and no others."""
 
 
-def recommended_learning_rate(info: SessionInfo, lora: bool) -> float:
-    """Return a learning rate to start from (AdamW, supervised training).
+def recommended_learning_rate(info: SessionInfo, *, lora: bool) -> float:
+    """Return a peak learning rate for AdamW to start from.
 
-    Full weights: ``5e-5 · (2000 / hidden_size)^a``, wider models taking smaller rates; LoRA takes ten times that,
-    whatever its rank as long as ``lora_alpha`` is constant. Both after Schulman et al. 2025, "LoRA Without Regret"
-    (Thinking Machines), who swept rates over Llama and Qwen models: the best rate of LoRA was about ten times that of
-    full fine-tuning everywhere, and the exponents fitted were 0.781 for Llama and 0.0775 for Qwen. For other
-    architectures 0.5 stands in between, a guess. The built-in ``tiny`` model begins from random weights and takes
-    3e-3 (LoRA on it: 1e-2).
+    All weights of a model of width 2048 (about a billion parameters) are commonly fine-tuned at 2e-5; the best rate
+    falls about with the width (as under the maximal-update parametrisation, Yang et al. 2022, section 3). LoRA wants
+    about ten times the rate of full fine-tuning, whatever its rank, because ``alpha / rank`` takes the rank out
+    (Schulman et al., "LoRA Without Regret", 2025). Tiny models that learn from scratch take far more: below a width
+    of 256 the rate is 2e-3 (measured on the built-in ``sums``, see ``docs/benchmarks.md``). Never more than that.
 
     Args:
-        info: architecture and hidden size; a hidden size of 0 (unknown) counts as 2000.
-        lora: whether a LoRA is trained, or all weights.
-
-    Returns:
-        The rate, between 1e-6 and 1e-2.
+        info: the session's facts; ``hidden_size`` is the width.
+        lora: whether adapters are trained and not all weights.
     """
-    if "tiny" in (info.model, info.architecture.lower()):
-        return _TINY_LORA if lora else _TINY
-    words = f"{info.architecture} {info.model}".lower()
-    exponent = next((value for name, value in _EXPONENTS.items() if name in words), _OTHER)
-    width = (_WIDTH / info.hidden_size) ** exponent if info.hidden_size else 1.0
-    return float(min(_HIGHEST, max(_LOWEST, _BASE * width * (_LORA if lora else 1.0))))
+    if info.hidden_size < TINY_WIDTH:
+        return TINY_RATE
+    rate = FULL_RATE * REFERENCE_WIDTH / info.hidden_size
+    return min(TINY_RATE, rate * (LORA_FACTOR if lora else 1.0))
 
 
 def lora_parameter_count(config: Mapping[str, Any], rank: int, targets: Collection[str] = ()) -> int:

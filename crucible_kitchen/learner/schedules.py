@@ -1,29 +1,23 @@
-"""The course of the learning rate: warm-up, then constant, linear, cosine, polynomial or exponential.
+"""Learning-rate schedules: the rate of each optimizer step as a pure function of its index.
 
-Pure; it knows no optimizer and no config. Read next: ``crucible_kitchen.learner.hyperparams``.
+Knows no optimizer. Read next: ``crucible_kitchen.learner.hyperparams``.
 """
 
 import math
-from typing import Literal
+from typing import Literal, TypeAlias
 
 __all__ = ["Schedule", "learning_rate", "warmup_steps"]
 
-Schedule = Literal["constant", "linear", "cosine", "polynomial", "exponential"]
+Schedule: TypeAlias = Literal["constant", "linear", "cosine", "polynomial", "exponential"]
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """Return the number of warm-up steps.
+    """Return the number of warm-up steps: ``warmup`` is a share of all steps if below 1, else a number of steps.
 
-    Args:
-        warmup: a share of all steps if below 1, a number of steps otherwise.
-        total_steps: optimizer steps of the whole run.
-
-    Raises:
-        ValueError: ``warmup`` is negative.
+    It never exceeds ``total_steps``; a share is rounded up.
     """
-    if warmup < 0:
-        raise ValueError(f"warmup must not be negative, is {warmup}")
-    steps = round(warmup * total_steps) if warmup < 1 else int(warmup)
+    # 0.07 * 100 is 7.000000000000001 and means 7
+    steps = math.ceil(round(warmup * total_steps, 9)) if warmup < 1 else int(warmup)
     return min(steps, total_steps)
 
 
@@ -32,64 +26,53 @@ def learning_rate(
     total_steps: int,
     *,
     peak: float,
-    schedule: Schedule = "linear",
+    schedule: Schedule,
     warmup_steps: int = 0,
     end: float = 0.0,
     power: float = 2.0,
 ) -> float:
     """Return the learning rate of one optimizer step.
 
-    With W warm-up steps of T in all, step k (from 0) has, in units of the peak::
+    With ``W`` warm-up steps of ``N``, and ``p = (step - W) / (N - W)`` after warm-up::
 
-        warm-up, k < W    (k + 1) / W                  the first step is above 0, step W - 1 has the peak
-        after it          e + (1 - e) f(p),            p = (k - W) / (T - W), so 0 ≤ p < 1
-        constant          f(p) = 1, whatever e
-        linear            f(p) = 1 - p
-        cosine            f(p) = (1 + cos πp) / 2      Loshchilov & Hutter 2017 (SGDR), equation 5, one period
-        polynomial        f(p) = (1 - p)^power
-        exponential       e^p instead of e + (1 - e) f(p)
+        warm-up:      peak * (step + 1) / (W + 1)
+        constant:     peak
+        linear:       peak * (end + (1 - end) * (1 - p))
+        cosine:       peak * (end + (1 - end) * (1 + cos(pi p)) / 2)       (Loshchilov & Hutter 2017, eq. 5)
+        polynomial:   peak * (end + (1 - end) * (1 - p) ** power)
+        exponential:  peak * end ** p
 
-    ``end`` would be reached at step T, which is never taken: the last step, T - 1, still has a rate above 0 and is
-    not wasted. The decay of ``linear`` and ``cosine`` is that of the usual implementations; their warm-up begins at 0.
+    The first step after warm-up has the peak, and ``p`` would reach 1 one step after the last, so that the last step
+    still trains (its rate is above ``peak * end``).
 
     Args:
-        step: the optimizer step, from 0. From ``total_steps`` on the rate stays where the schedule ends.
-        total_steps: optimizer steps of the whole run, T.
-        peak: the highest rate, 0 or more; the unit of the result.
+        step: index of the step, from 0.
+        total_steps: N, 1 or more.
+        peak: the highest rate.
         schedule: the course after warm-up.
-        warmup_steps: W; T or more makes the whole run a warm-up.
-        end: where the schedule ends, as a share of the peak, 0 to 1; ``exponential`` needs more than 0.
-        power: exponent of the polynomial schedule, above 0.
-
-    Returns:
-        The rate, between 0 and ``peak``.
+        warmup_steps: W.
+        end: where the schedule ends, as a share of the peak; above 0 for ``exponential``.
+        power: exponent of ``polynomial``.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: ``step`` is not below ``total_steps``, or ``exponential`` has no ``end``.
     """
-    if step < 0 or total_steps < 0 or warmup_steps < 0 or peak < 0 or not 0 <= end <= 1 or power <= 0:
-        raise ValueError(f"out of range: {step=}, {total_steps=}, {warmup_steps=}, {peak=}, {end=}, {power=}")
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} is not one of {total_steps} steps")
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    left = total_steps - warmup_steps
-    progress = min(1.0, (step - warmup_steps) / left) if left > 0 else 1.0
-    return peak * _share(schedule, progress, end, power)
+        return peak * (step + 1) / (warmup_steps + 1)
+    p = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "exponential":
+        if end <= 0:
+            raise ValueError("an exponential schedule needs an end above 0")
+        return peak * math.pow(end, p)
+    return peak * (end + (1 - end) * _remaining(p, schedule, power))
 
 
-def _share(schedule: Schedule, progress: float, end: float, power: float) -> float:
-    """Return the rate after warm-up in units of the peak; ``progress`` from 0 to 1."""
-    match schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return end + (1 - end) * (1 - progress)
-        case "cosine":
-            return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
-        case "polynomial":
-            return end + (1 - end) * math.pow(1 - progress, power)
-        case "exponential":
-            if end == 0:
-                raise ValueError("the exponential schedule needs an end above 0")
-            return math.pow(end, progress)
-        case _:
-            raise ValueError(f"unknown schedule {schedule!r}")
+def _remaining(p: float, schedule: Schedule, power: float) -> float:
+    """Return the share of the way down that is still ahead, from 1 to 0."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * p)) / 2
+    return math.pow(1 - p, power if schedule == "polynomial" else 1.0)
