@@ -285,6 +285,14 @@ class SamplingParams:
         stop: text that ends a sample; it is not part of the sample's text. The model's end token always stops.
         seed: of this request's own generator; sample ``i`` of a request draws from ``(seed, i)``. None takes one
             from the session's generator.
+        mode: ``fast`` lets a backend merge requests as it likes; ``deterministic`` asks for the same bits whatever
+            else runs.
+        raw_logprobs: also report log-probabilities under the model's own distribution (temperature 1, nothing cut).
+        top_logprobs: also report so many likeliest tokens of each position under the model's own distribution.
+        prompt_logprobs: also report the log-probabilities of the prompt's tokens.
+        rescore: replace the samples' ``logprobs`` by those of the training forward pass: bit for bit what
+            ``TrainingSession.forward`` gives for the request's samples, prompt included, in one call with the same
+            weights. Only for temperature 1 without top-p and top-k.
     """
 
     max_tokens: int = 256
@@ -293,6 +301,11 @@ class SamplingParams:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    mode: Literal["fast", "deterministic"] = "fast"
+    raw_logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    rescore: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -301,10 +314,16 @@ class Sampled:
 
     Attributes:
         tokens: int64 [T], the end token included if the model produced it.
-        logprobs: float32 [T], of each token under the *processed* distribution (temperature, top-p, top-k).
+        logprobs: float32 [T], of each token under the *processed* distribution (temperature, top-p, top-k); 0 at
+            temperature 0, where that distribution has one token.
         text: decoded, without end token and stop text.
         stop_reason: ``stop`` (end token or stop text) or ``length``.
         version: optimizer steps behind the weights that produced it.
+        raw_logprobs: float32 [T], of each token under the model's own distribution; None unless asked for.
+        top_tokens: int64 [T, k], the likeliest tokens under the model's own distribution, the likeliest first; None
+            unless asked for.
+        top_logprobs: float32 [T, k], theirs.
+        prompt_logprobs: float32 [P - 1] of a prompt of P tokens, from the second on; None unless asked for.
     """
 
     tokens: IntArray
@@ -312,6 +331,10 @@ class Sampled:
     text: str
     stop_reason: Literal["stop", "length"]
     version: int = 0
+    raw_logprobs: Array | None = None
+    top_tokens: IntArray | None = None
+    top_logprobs: Array | None = None
+    prompt_logprobs: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""One batch of samples being decoded with a key-value cache, and how a token is drawn.
+"""Samples being decoded together: prompts are read, rows join and leave, every turn is one token for every row.
 
-Knows models and weights, not who waits. Read next: ``sampling.py``, which feeds it.
+Knows models and weights, not who waits. Read next: ``drawing.py``, ``kvcache.py``, and ``sampling.py``, which feeds it.
 
-Letters: R rows still being decoded, P distinct prompts, S positions seen so far, V vocabulary.
+Letters: R rows, P distinct prompts, S positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,10 +14,20 @@ import torch
 from torch import Tensor
 
 from crucible_kitchen.types import Sampled, SamplingParams
-from crucible_kitchen_torch.randomness import uniforms
+from crucible_kitchen_torch.drawing import Draws, draw
+from crucible_kitchen_torch.kvcache import Slots, prompt_cache, read_cache
 from crucible_kitchen_torch.trainer import Snapshot, Trainer
 
-__all__ = ["Decoding", "Job", "draw"]
+__all__ = ["FIXED_ROWS", "Decoding", "Job", "capacity"]
+
+FIXED_ROWS = 16
+"""Rows of a batch in deterministic mode."""
+
+SMALLEST_CAPACITY = 128
+"""Fewest columns of a batch in deterministic mode."""
+
+PADDING = 0.25
+"""How much of a group of prompts that are read together may be padding, at most."""
 
 
 class Owner(Protocol):
@@ -43,119 +54,236 @@ class Job:
     params: SamplingParams
     length: int
     seed: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    random: np.random.Generator = field(init=False)
+    draws: Draws = field(init=False)
 
     def __post_init__(self) -> None:
-        self.random = uniforms(self.seed, self.index)
+        self.draws = Draws(self.params, self.seed, self.index)
+
+    @property
+    def width(self) -> int:
+        """How many tokens of cache it may need."""
+        return len(self.prompt) + self.length
+
+    @property
+    def row(self) -> int:
+        """The row it has in deterministic mode: a matter of the request, never of what else runs."""
+        return (self.seed + self.index) % FIXED_ROWS
+
+
+def capacity(job: Job) -> int | None:
+    """Return how many columns the batch of a job has in deterministic mode, None in fast mode."""
+    if job.params.mode == "fast":
+        return None
+    return 1 << (max(SMALLEST_CAPACITY, job.width) - 1).bit_length()
+
+
+class _Reading:
+    """Some prompts of about the same length, padded on the left, computed some columns a turn."""
+
+    def __init__(self, jobs: dict[tuple[int, ...], list[Job]], cache: Any) -> None:
+        self.jobs = jobs
+        self.cache = cache
+        self.scores: Tensor | None = None
+        self.filled = 0
+        self.width = max(len(p) for p in jobs)
+        self.tokens = torch.zeros(len(jobs), self.width, dtype=torch.int64)
+        self.mask = torch.zeros(len(jobs), self.width, dtype=torch.bool)
+        for row, prompt in enumerate(jobs):
+            self.tokens[row, self.width - len(prompt) :] = torch.tensor(prompt)
+            self.mask[row, self.width - len(prompt) :] = True
+        self.positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def members(self) -> list[Job]:
+        """All samples that wait for these prompts."""
+        return [job for jobs in self.jobs.values() for job in jobs]
 
 
 class Decoding:
-    """Samples decoded together, all methods in the lane.
+    """Samples decoded together; ``advance`` in the lane, the others between two of its calls.
 
-    Prompts are padded on the left and computed once each, some columns a turn; then every turn is one token for every
-    row. Rows leave as soon as they end.
+    Args:
+        trainer: whose model computes.
+        snapshot: with which weights.
+        columns: None merges freely (fast mode): rows are packed and as wide as the longest. A number makes every step
+            one of ``FIXED_ROWS`` rows and so many columns, and reads every prompt alone (deterministic mode).
     """
 
-    def __init__(self, trainer: Trainer, snapshot: Snapshot, jobs: list[Job]) -> None:
+    def __init__(self, trainer: Trainer, snapshot: Snapshot, columns: int | None = None) -> None:
         self._trainer = trainer
         self._model = trainer.model
         self._snapshot = snapshot
         self._ends = self._model.facts.end_ids
+        self._fixed = columns is not None
         self._device = next(self._model.module.parameters()).device
-        self.active = list(jobs)
-        self._cache: Any = None
-        self._scores: Tensor | None = None
-        prompts = list(dict.fromkeys(job.prompt for job in jobs))
-        place = {prompt: row for row, prompt in enumerate(prompts)}
-        self._rows = [place[job.prompt] for job in jobs]
-        longest = max(len(p) for p in prompts)
-        self._tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        self._mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            self._tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            self._mask[row, longest - len(prompt) :] = True
-        self._positions = (self._mask.long().cumsum(1) - 1).clamp(min=0)
-        self._filled = 0
-        self._columns = max(1, trainer.budget // len(prompts))
+        self._slots: Slots | None = None
+        self._columns = columns or 0
+        self._reading: list[_Reading] = []
+        self._all: dict[Job, None] = {}
+        self._rows: list[Job | None] = [None] * FIXED_ROWS if self._fixed else []
+        self._at = torch.zeros(len(self._rows), dtype=torch.int64)  # tokens of each row in the cache
+        self._scores: Tensor | None = None  # of each row's next token, [R, V]
 
-    @torch.no_grad()
+    @property
+    def jobs(self) -> list[Job]:
+        """All samples that are here and have not been returned, in the order they came."""
+        return list(self._all)
+
+    def join(self, jobs: Sequence[Job]) -> None:
+        """Take samples in: their prompts are read in the next turns, each once, then every sample has a row."""
+        fresh: dict[tuple[int, ...], list[Job]] = {}
+        self._all.update(dict.fromkeys(jobs))
+        for job in jobs:
+            fresh.setdefault(job.prompt, []).append(job)
+        for group in self._groups(list(fresh)):
+            self._reading.append(_Reading({p: fresh[p] for p in group}, prompt_cache(self._model)))
+
+    def _groups(self, prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Split prompts into groups to read together, those first that came first."""
+        if self._fixed:
+            return [[p] for p in prompts]
+        groups: list[list[tuple[int, ...]]] = []
+        for prompt in sorted(prompts, key=len, reverse=True):
+            last = groups[-1] if groups else []
+            widest = len(last[0]) if last else 0
+            fits = (len(last) + 1) * widest <= self._trainer.budget
+            if last and fits and len(prompt) >= (1 - PADDING) * widest:
+                last.append(prompt)
+            else:
+                groups.append([prompt])
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        return sorted(groups, key=lambda group: min(place[p] for p in group))
+
     def advance(self) -> list[tuple[Job, Sampled]]:
-        """Do one turn of work; return the samples that ended."""
-        if self._filled < self._tokens.shape[1]:
-            self._prefill()
-            return []
-        return self._step()
+        """Do one turn: read a part of the waiting prompts, then one token for every row. Return what ended."""
+        with self._trainer.weights(self._snapshot), torch.inference_mode():
+            self._drop_cancelled()
+            if self._reading:
+                self._read(self._reading[0])
+            ended = self._step() if any(self._rows) else []
+        for job, _ in ended:
+            del self._all[job]
+        return ended
 
-    def _prefill(self) -> None:
-        """Compute the next columns of the prompts; after the last, give each sample a row of its own."""
-        upto = min(self._filled + self._columns, self._tokens.shape[1])
-        part = slice(self._filled, upto)
-        self._score(self._tokens[:, part], self._positions[:, part], self._mask[:, :upto])
-        self._filled = upto
-        if upto == self._tokens.shape[1]:
-            self._positions = self._positions[:, -1:]
-            self._keep(self._rows)
+    def _drop_cancelled(self) -> None:
+        gone = [job for job in self._all if job.request.cancelled]
+        if not gone:
+            return
+        for job in gone:
+            del self._all[job]
+        self._reading = [group for group in self._reading if any(job in self._all for job in group.members())]
+        self._leave([row for row, job in enumerate(self._rows) if job is not None and job.request.cancelled])
 
-    def _score(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> None:
-        with self._trainer.weights(self._snapshot):
-            self._scores, self._cache = self._model.next_scores(
-                tokens.to(self._device), positions.to(self._device), mask.to(self._device), self._cache
-            )
+    def _read(self, group: _Reading) -> None:
+        """Compute the next columns of some prompts; after the last, give each sample a row of its own."""
+        upto = min(group.filled + max(1, self._trainer.budget // len(group.jobs)), group.width)
+        part = slice(group.filled, upto)
+        group.scores, group.cache = self._model.next_scores(
+            group.tokens[:, part].to(self._device),
+            group.positions[:, part].to(self._device),
+            group.mask[:, :upto].to(self._device),
+            group.cache,
+        )
+        group.filled = upto
+        if upto == group.width:
+            self._reading.remove(group)
+            self._seat(group)
 
-    def _keep(self, rows: list[int]) -> None:
-        """Keep these rows of everything that has one row per sample."""
-        index = torch.tensor(rows, dtype=torch.int64)
-        there = index.to(self._device)
-        assert self._scores is not None
-        self._scores = self._scores[there]
-        self._cache = self._model.select(self._cache, there)
-        self._mask, self._positions = self._mask[index], self._positions[index]
+    def _seat(self, group: _Reading) -> None:
+        """Give the samples of prompts that were read their rows."""
+        assert group.scores is not None
+        pairs = read_cache(group.cache)
+        for prompt, (ids, jobs) in enumerate(group.jobs.items()):
+            here = [job for job in jobs if job in self._all]
+            if not here:
+                continue
+            rows = self._new_rows(here)
+            self._room(max(job.width for job in here)).put(rows, pairs, prompt, len(ids))
+            index = torch.tensor(rows)
+            self._at[index] = len(ids)
+            assert self._scores is not None
+            self._scores[index.to(self._device)] = group.scores[prompt]
+
+    def _new_rows(self, jobs: list[Job]) -> list[int]:
+        """Put jobs into rows: their own, or new ones behind all others."""
+        scores = self._scores
+        if scores is None:
+            scores = self._scores = torch.zeros(len(self._rows), self._model.facts.vocab_size, device=self._device)
+        if self._fixed:
+            for job in jobs:
+                self._rows[job.row] = job
+            return [job.row for job in jobs]
+        first = len(self._rows)
+        self._rows += jobs
+        self._at = torch.cat([self._at, self._at.new_zeros(len(jobs))])
+        self._scores = torch.cat([scores, scores.new_zeros(len(jobs), scores.shape[1])])
+        return list(range(first, len(self._rows)))
+
+    def _room(self, columns: int) -> Slots:
+        """Return the cache, with a row for everybody and so many columns at least."""
+        if self._slots is None:
+            size = (FIXED_ROWS, self._columns) if self._fixed else (len(self._rows), columns)
+            self._slots = Slots(self._model, *size, fixed=self._fixed)
+        self._slots.reserve(len(self._rows), columns)
+        return self._slots
 
     def _step(self) -> list[tuple[Job, Sampled]]:
         """Draw one token per row, let finished rows go, and score the next token of the others."""
-        self._leave([row for row, job in enumerate(self.active) if not job.request.cancelled])
-        if not self.active:
-            return []
+        ended = self._draw()
+        self._leave([row for row, _ in ended])
+        if any(self._rows):
+            tokens = torch.tensor([job.draws.tokens[-1] if job else 0 for job in self._rows])
+            assert self._slots is not None
+            self._scores = self._slots.step(tokens, self._at)
+            self._at += torch.tensor([job is not None for job in self._rows])
+        return [found for _, found in ended]
+
+    def _draw(self) -> list[tuple[int, tuple[Job, Sampled]]]:
+        """Draw one token per row; return the rows that ended with their samples."""
         assert self._scores is not None
-        tokens, logprobs = draw(self._scores, self.active)
-        ended: list[tuple[Job, Sampled]] = []
-        staying: list[int] = []
-        for row, (job, token, logprob) in enumerate(zip(self.active, tokens, logprobs, strict=True)):
-            job.tokens.append(token)
-            job.logprobs.append(logprob)
+        live = [(row, job) for row, job in enumerate(self._rows) if job is not None]
+        scores = self._scores
+        if len(live) < len(self._rows):
+            scores = scores[torch.tensor([row for row, _ in live], device=self._device)]
+        draw(scores, [job.draws for _, job in live])
+        ended = []
+        for row, job in live:
             sampled = self._finished(job)
-            if sampled is None:
-                staying.append(row)
-            else:
-                ended.append((job, sampled))
-        self._leave(staying)
-        if self.active:
-            last = torch.tensor([[job.tokens[-1]] for job in self.active])
-            self._positions = self._positions + 1
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.active), 1)], dim=1)
-            self._score(last, self._positions, self._mask)
+            if sampled is not None:
+                ended.append((row, (job, sampled)))
         return ended
 
-    def _leave(self, staying: list[int]) -> None:
-        """Drop all rows but these."""
-        if len(staying) < len(self.active):
-            self.active = [self.active[row] for row in staying]
-            if staying:
-                self._keep(staying)
-            else:
-                self._cache = self._scores = None
+    def _leave(self, rows: list[int]) -> None:
+        """Free these rows; in fast mode the last ones move into their places."""
+        if self._fixed:
+            for row in rows:
+                self._rows[row] = None
+                self._at[row] = 0
+            return
+        for row in sorted(rows, reverse=True):
+            last = len(self._rows) - 1
+            if row != last:
+                assert self._slots is not None
+                assert self._scores is not None
+                self._rows[row], self._at[row] = self._rows[last], self._at[last]
+                self._scores[row] = self._scores[last]
+                self._slots.move(last, row, int(self._at[last]))
+            self._rows.pop()
+        if rows and self._scores is not None:
+            self._at = self._at[: len(self._rows)]
+            self._scores = self._scores[: len(self._rows)]
+        if not self._rows:
+            self._scores = self._slots = None
 
     def _finished(self, job: Job) -> Sampled | None:
         """Return the sample if it has ended, else None."""
-        if job.tokens[-1] in self._ends:
-            return self._sampled(job, self._model.tokenizer.decode(job.tokens[:-1]), "stop")
+        tokens = job.draws.tokens
+        if tokens[-1] in self._ends:
+            return self._sampled(job, self._model.tokenizer.decode(tokens[:-1]), "stop")
         text = self._cut(job)
         if text is not None:
             return self._sampled(job, text, "stop")
-        if len(job.tokens) >= job.length:
-            return self._sampled(job, self._model.tokenizer.decode(job.tokens), "length")
+        if len(tokens) >= job.length:
+            return self._sampled(job, self._model.tokenizer.decode(tokens), "length")
         return None
 
     def _cut(self, job: Job) -> str | None:
@@ -168,58 +296,23 @@ class Decoding:
         if not stops:
             return None
         decode = self._model.tokenizer.decode
-        tail = decode(job.tokens[-(max(len(s.encode()) for s in stops) + 8) :])
+        tokens = job.draws.tokens
+        tail = decode(tokens[-(max(len(s.encode()) for s in stops) + 8) :])
         if not any(s in tail for s in stops):
             return None
-        text = decode(job.tokens)
+        text = decode(tokens)
         found = [at for at in (text.find(s) for s in stops) if at >= 0]
         return text[: min(found)] if found else None
 
     def _sampled(self, job: Job, text: str, reason: Literal["stop", "length"]) -> Sampled:
+        drawn, params = job.draws, job.params
         return Sampled(
-            tokens=np.array(job.tokens, dtype=np.int64),
-            logprobs=np.array(job.logprobs, dtype=np.float32),
+            tokens=np.array(drawn.tokens, dtype=np.int64),
+            logprobs=np.array(drawn.logprobs, dtype=np.float32),
             text=text,
             stop_reason=reason,
             version=self._snapshot.version,
+            raw_logprobs=np.array(drawn.raw, dtype=np.float32) if params.raw_logprobs else None,
+            top_tokens=np.array([ids for ids, _ in drawn.top], dtype=np.int64) if params.top_logprobs else None,
+            top_logprobs=np.array([p for _, p in drawn.top], dtype=np.float32) if params.top_logprobs else None,
         )
-
-
-def draw(scores: Tensor, jobs: list[Job]) -> tuple[list[int], list[float]]:
-    """Draw one token per row from its processed distribution.
-
-    Temperature first, then top-k, then top-p (the smallest set of the likeliest tokens that reaches the probability).
-    Temperature 0 takes the likeliest token, whose log-probability under that distribution is 0.
-
-    Args:
-        scores: [R, V].
-        jobs: what each row asks for; one number is drawn from each one's generator.
-
-    Returns:
-        Tokens and their log-probabilities, R of each.
-    """
-    scores = scores.float() if scores.dtype != torch.float64 else scores
-    greedy = torch.tensor([job.params.temperature == 0 for job in jobs], device=scores.device)
-    heat = torch.tensor([job.params.temperature or 1.0 for job in jobs], device=scores.device, dtype=scores.dtype)
-    logprobs = _truncate(scores / heat[:, None], jobs).log_softmax(dim=-1)
-    heights = logprobs.exp().double().cumsum(dim=-1)
-    at = torch.tensor([[job.random.random()] for job in jobs], dtype=torch.float64, device=scores.device)
-    tokens = torch.searchsorted(heights, at * heights[:, -1:], right=True).clamp(max=scores.shape[1] - 1)[:, 0]
-    tokens = torch.where(greedy, scores.argmax(dim=-1), tokens)
-    found = logprobs.gather(1, tokens[:, None])[:, 0].masked_fill(greedy, 0.0)
-    return tokens.tolist(), found.tolist()
-
-
-def _truncate(scores: Tensor, jobs: list[Job]) -> Tensor:
-    """Set scores outside top-k and top-p to minus infinity."""
-    if all(job.params.top_k == 0 and job.params.top_p == 1 for job in jobs):
-        return scores
-    size = scores.shape[1]
-    k = torch.tensor([min(job.params.top_k or size, size) for job in jobs], device=scores.device)
-    p = torch.tensor([job.params.top_p for job in jobs], device=scores.device, dtype=torch.float64)
-    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    ranked = ranked.masked_fill(torch.arange(size, device=scores.device) >= k[:, None], -torch.inf)
-    mass = ranked.double().softmax(dim=-1)
-    before = mass.cumsum(dim=-1) - mass
-    ranked = ranked.masked_fill((before >= p[:, None]) & (p[:, None] < 1), -torch.inf)
-    return torch.empty_like(scores).scatter_(1, order, ranked)

@@ -1,9 +1,10 @@
-"""Samplers: requests that wait at the same time are decoded together, a step per turn of the lane.
+"""Samplers: requests join and leave a batch that is decoded a step per turn of the lane.
 
 Knows requests and their ends, not how a token is drawn. Read next: ``decoding.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 
 import anyio
 import anyio.abc
@@ -12,17 +13,60 @@ import numpy as np
 from crucible_kitchen.errors import BackendUserError, SessionLost
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import Array, Datum, Sampled, SamplingParams
-from crucible_kitchen_torch.decoding import Decoding, Job
+from crucible_kitchen_torch.decoding import FIXED_ROWS, Decoding, Job, capacity
 from crucible_kitchen_torch.trainer import Snapshot, Trainer
 from crucible_kitchen_torch.turns import Turns
 
-__all__ = ["TorchSampler"]
+__all__ = ["Limits", "TorchSampler"]
 
-ROWS_AT_ONCE = 256
-"""Most samples decoded together."""
 
-CACHE_TOKENS = 1 << 16
-"""Most tokens, padding counted, that the key-value cache of one batch is allowed to reach."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is decoded at once; what exceeds it waits.
+
+    Attributes:
+        rows: most samples decoded together in fast mode.
+        cache_tokens: most tokens, padding counted, that the key-value cache of a batch is allowed to reach.
+    """
+
+    rows: int = 256
+    cache_tokens: int = 1 << 16
+
+
+class _Room:
+    """What room a batch has for samples that wait.
+
+    Args:
+        key: its capacity; None in fast mode.
+        limits: of the sampler.
+        here: the samples it has.
+        closed: there is none.
+    """
+
+    def __init__(self, key: int | None, limits: Limits, here: Sequence[Job], *, closed: bool = False) -> None:
+        self._fixed = key is not None
+        self._limits = limits
+        self._count = len(here)
+        self._width = max((job.width for job in here), default=0)
+        self._rows = {job.row for job in here}
+        self._closed = closed
+        self.taken: list[Job] = []
+
+    def take(self, job: Job) -> bool:
+        """Give a sample its place; False if there is none, and then none for others behind it either."""
+        if self._fixed:
+            free = not self._closed and job.row not in self._rows
+            self._rows.add(job.row)
+            self.taken += [job] if free else []
+            return free
+        width = max(self._width, job.width)
+        fits = self._count < self._limits.rows and (self._count + 1) * width <= self._limits.cache_tokens
+        if self._closed or (self._count and not fits):
+            self._closed = True
+            return False
+        self._count, self._width = self._count + 1, width
+        self.taken.append(job)
+        return True
 
 
 class _Request:
@@ -32,6 +76,7 @@ class _Request:
         self.samples: list[Sampled | None] = [None] * n
         self.jobs = [Job(self, i, prompt, params, length, seed) for i in range(n)]
         self.done = anyio.Event()
+        self.progress = anyio.Event()
         self.error: Exception | None = None
         self.cancelled = False
 
@@ -46,18 +91,39 @@ class _Request:
         if not self.done.is_set():
             self.error = error
             self.done.set()
+            self.progress.set()
 
 
 class TorchSampler:
-    """See ``Sampler``. Weights are those of its snapshot, whatever is trained meanwhile."""
+    """See ``Sampler``. Weights are those of its snapshot, whatever is trained meanwhile.
 
-    def __init__(self, trainer: Trainer, snapshot: Snapshot, turns: Turns, group: anyio.abc.TaskGroup) -> None:
+    Requests are merged into one batch that they join and leave at any token. ``mode="deterministic"`` puts them into
+    batches of a fixed shape instead, where a request's row and columns are its own: the same bits whatever else runs.
+
+    Args:
+        trainer: whose model computes.
+        snapshot: the weights; the sampler holds them until it is closed.
+        turns: the lane of the model.
+        group: where the decoding runs.
+        limits: how much is decoded at once.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        snapshot: Snapshot,
+        turns: Turns,
+        group: anyio.abc.TaskGroup,
+        limits: Limits = Limits(),
+    ) -> None:
         self._trainer = trainer
         self._snapshot = snapshot
         self._turns = turns
         self._group = group
+        self._limits = limits
         self._waiting: list[Job] = []
-        self._decoding: list[Job] = []
+        self._batches: dict[int | None, Decoding] = {}
+        self._watched: set[_Request] = set()
         self._serving = False
         self.closed = False
 
@@ -73,6 +139,50 @@ class TorchSampler:
 
     async def sample(self, prompt: Sequence[int], params: SamplingParams, n: int = 1) -> list[Sampled]:
         """See ``Sampler``; near the end of the context fewer than ``max_tokens`` are drawn."""
+        request = await self._submit(prompt, params, n)
+        try:
+            await request.done.wait()
+        finally:
+            request.cancelled = not request.done.is_set()
+        return await self._complete(request, params)
+
+    async def stream(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[str, None]:
+        """Draw one continuation and yield its text as it grows; put together it is the sample's text.
+
+        What may still change, the first bytes of a character or of a stop text, is held back. Closing the generator
+        frees the sample's slot.
+
+        Raises:
+            BackendUserError: see ``sample``.
+        """
+        request = await self._submit(prompt, params, 1)
+        self._watched.add(request)
+        shown = ""
+        try:
+            while not request.done.is_set():
+                await request.progress.wait()
+                request.progress = anyio.Event()
+                text = self._certain(request.jobs[0])
+                if not request.done.is_set() and text.startswith(shown) and text != shown:
+                    yield text[len(shown) :]
+                    shown = text
+        finally:
+            self._watched.discard(request)
+            request.cancelled = not request.done.is_set()
+        (sample,) = await self._complete(request, params)
+        if sample.text != shown:
+            yield sample.text[len(shown) :]
+
+    def _certain(self, job: Job) -> str:
+        """Return the text of a sample as far as later tokens cannot change it."""
+        text = self.tokenizer.decode(list(job.draws.tokens)).rstrip("\ufffd")
+        held = max(
+            (k for stop in job.params.stop for k in range(1, len(stop) + 1) if text.endswith(stop[:k])), default=0
+        )
+        return text[: len(text) - held]
+
+    async def _submit(self, prompt: Sequence[int], params: SamplingParams, n: int) -> _Request:
+        """Put a request behind all others and see that somebody serves it."""
         self._check_open()
         ids = tuple(int(i) for i in prompt)
         length = self._allowed(ids, params, n)
@@ -83,13 +193,21 @@ class TorchSampler:
         if not self._serving:
             self._serving = True
             self._group.start_soon(self._serve)
-        try:
-            await request.done.wait()
-        finally:
-            request.cancelled = not request.done.is_set()
+        return request
+
+    async def _complete(self, request: _Request, params: SamplingParams) -> list[Sampled]:
+        """Return the samples of a request that is done, with what the training forward pass has to add."""
         if request.error is not None:
             raise request.error
-        return [s for s in request.samples if s is not None]
+        samples = [s for s in request.samples if s is not None]
+        prompt = request.jobs[0].prompt
+        if params.rescore:
+            scored = await self.compute_logprobs([[*prompt, *s.tokens.tolist()] for s in samples])
+            samples = [replace(s, logprobs=p[len(prompt) - 1 :]) for s, p in zip(samples, scored, strict=True)]
+        if params.prompt_logprobs:
+            (of_prompt,) = await self.compute_logprobs([prompt])
+            samples = [replace(s, prompt_logprobs=of_prompt) for s in samples]
+        return samples
 
     def _allowed(self, prompt: tuple[int, ...], params: SamplingParams, n: int) -> int:
         """Return how many tokens may be drawn.
@@ -106,39 +224,75 @@ class TorchSampler:
             raise BackendUserError(f"max_tokens and n must be 1 or more, got {params.max_tokens} and {n}")
         if params.temperature < 0 or not 0 < params.top_p <= 1 or params.top_k < 0:
             raise BackendUserError("temperature and top_k must be 0 or more, top_p above 0 and at most 1")
+        if params.top_logprobs < 0 or params.mode not in ("fast", "deterministic"):
+            raise BackendUserError("top_logprobs must be 0 or more, mode fast or deterministic")
+        if params.rescore and (params.temperature != 1 or params.top_p < 1 or params.top_k):
+            raise BackendUserError(
+                "rescore needs temperature 1 without top_p and top_k",
+                hint="the training forward pass knows the model's own distribution only",
+            )
         return min(params.max_tokens, facts.context_length - len(prompt))
 
     async def _serve(self) -> None:
-        """Decode batches until nobody waits."""
+        """Decode until nobody waits; whoever comes meanwhile joins at the next turn."""
         try:
-            while jobs := self._take():
-                self._decoding = jobs
-                await self._decode(jobs)
+            while True:
+                self._admit()
+                if not self._batches:
+                    return
+                for key in list(self._batches):
+                    await self._turn(key)
         finally:
             self._serving = False
             self._fail_all()
 
-    def _take(self) -> list[Job]:
-        """Take the oldest waiting samples that fit into one batch."""
-        self._waiting = [job for job in self._waiting if not job.request.cancelled]
-        count, width = 0, 0
-        for job in self._waiting[:ROWS_AT_ONCE]:
-            width = max(width, len(job.prompt) + job.length)
-            if count and (count + 1) * width > CACHE_TOKENS:
-                break
-            count += 1
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
-        return taken
+    def _admit(self) -> None:
+        """Let waiting samples join, the oldest first; one that has no room keeps those behind it waiting.
 
-    async def _decode(self, jobs: list[Job]) -> None:
+        In deterministic mode that is those that need the same row, in fast mode all.
+        """
+        if not self._waiting:
+            return
+        staying: list[Job] = []
+        rooms: dict[int | None, _Room] = {}
+        for job in self._waiting:
+            if job.request.cancelled:
+                continue
+            key = capacity(job)
+            if key not in rooms:
+                rooms[key] = self._room(key)
+            if not rooms[key].take(job):
+                staying.append(job)
+            elif key not in self._batches:
+                self._batches[key] = Decoding(self._trainer, self._snapshot, key)
+        self._waiting = staying
+        for key, room in rooms.items():
+            if room.taken:
+                self._batches[key].join(room.taken)
+
+    def _room(self, key: int | None) -> "_Room":
+        """Return what room there is in the batch of a capacity; none if the caches of others leave none for it."""
+        if key in self._batches:
+            return _Room(key, self._limits, self._batches[key].jobs)
+        fixed = sum(columns for columns in self._batches if columns is not None) * FIXED_ROWS
+        closed = key is not None and fixed > 0 and fixed + key * FIXED_ROWS > self._limits.cache_tokens
+        return _Room(key, self._limits, (), closed=closed)
+
+    async def _turn(self, key: int | None) -> None:
+        """Advance one batch by a turn and hand out what ended; an error ends all of its requests."""
+        batch = self._batches[key]
         try:
-            decoding = Decoding(self._trainer, self._snapshot, jobs)
-            while decoding.active:
-                for job, sampled in await self._turns.one(decoding.advance):
-                    job.request.deliver(job.index, sampled)
+            for job, sampled in await self._turns.one(batch.advance):
+                job.request.deliver(job.index, sampled)
         except Exception as error:  # noqa: BLE001 - carried to whoever asked
-            for job in jobs:
+            for job in batch.jobs:
                 job.request.fail(error)
+            self._batches.pop(key, None)
+            return
+        for request in self._watched:
+            request.progress.set()
+        if not batch.jobs:
+            self._batches.pop(key, None)
 
     async def compute_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Array]:
         """See ``Sampler``."""
@@ -154,9 +308,9 @@ class TorchSampler:
             raise SessionLost("the sampler is closed", hint="get a new one from the session")
 
     def _fail_all(self) -> None:
-        for job in self._waiting + self._decoding:
+        for job in self._waiting + [job for batch in self._batches.values() for job in batch.jobs]:
             job.request.fail(SessionLost("the sampler was closed while the request was open"))
-        self._waiting, self._decoding = [], []
+        self._waiting, self._batches = [], {}
 
     def close(self) -> None:
         """Release the weights and end open requests."""

@@ -10,7 +10,8 @@ import torch
 from crucible_kitchen.errors import BackendUserError, SessionLost
 from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SamplingParams, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
-from crucible_kitchen_torch.decoding import Decoding, Job, draw
+from crucible_kitchen_torch.decoding import Decoding
+from crucible_kitchen_torch.drawing import Draws, draw
 
 pytestmark = pytest.mark.anyio
 
@@ -21,12 +22,10 @@ def session(tmp_path, model="tiny", lora=None, **options):
     return TorchTrainingClient(threads=1, **options).open_session(SessionSpec(str(model), lora, 0, str(tmp_path)))
 
 
-def jobs(count, params):
-    return [Job(None, i, (1,), params, 1, 0) for i in range(count)]
-
-
 def drawn(scores, params, count=4000):
-    tokens, logprobs = draw(torch.tensor([scores]).repeat(count, 1), jobs(count, params))
+    rows = [Draws(params, 0, i) for i in range(count)]
+    tokens = draw(torch.tensor([scores]).repeat(count, 1), rows)
+    logprobs = [row.logprobs[0] for row in rows]
     return np.bincount(tokens, minlength=len(scores)) / count, dict(zip(tokens, logprobs, strict=True))
 
 
@@ -70,11 +69,12 @@ def test_draws_follow_the_processed_distribution_and_report_it(params):
 def test_rows_of_one_batch_keep_their_own_settings():
     scores = torch.tensor([[2.0, 1.9, -5.0]] * 3)
     mixed = [
-        Job(None, 0, (1,), SamplingParams(temperature=0), 1, 0),
-        Job(None, 0, (1,), SamplingParams(top_k=1), 1, 0),
-        Job(None, 0, (1,), SamplingParams(), 1, 0),
+        Draws(SamplingParams(temperature=0), 0, 0),
+        Draws(SamplingParams(top_k=1), 0, 0),
+        Draws(SamplingParams(), 0, 0),
     ]
-    tokens, logprobs = draw(scores, mixed)
+    tokens = draw(scores, mixed)
+    logprobs = [row.logprobs[0] for row in mixed]
     assert (tokens[:2], logprobs[:2]) == ([0, 0], [0.0, 0.0])
     assert logprobs[2] < -0.1
 
@@ -101,20 +101,20 @@ async def test_merged_requests_get_what_they_get_alone(tmp_path, llama, kind):
 
 
 async def test_requests_that_wait_at_the_same_time_share_their_steps(tmp_path, monkeypatch):
-    batches = []
-    build = Decoding.__init__
+    joined = []
+    join = Decoding.join
 
-    def counted(self, trainer, snapshot, jobs):
-        batches.append(len(jobs))
-        build(self, trainer, snapshot, jobs)
+    def counted(self, jobs):
+        joined.append(len(jobs))
+        join(self, jobs)
 
-    monkeypatch.setattr(Decoding, "__init__", counted)
+    monkeypatch.setattr(Decoding, "join", counted)
     async with session(tmp_path) as opened:
         sampler = await opened.sampler()
         async with anyio.create_task_group() as group:
             for i in range(8):
                 group.start_soon(sampler.sample, [i + 1], SEEDED, 3)
-    assert batches == [24]
+    assert joined == [24]
 
 
 @pytest.mark.parametrize("lora", [None, LoraSpec(4)], ids=["all", "lora"])
