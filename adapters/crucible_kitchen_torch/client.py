@@ -3,6 +3,7 @@
 Loads no torch until a session opens. Read next: ``session.py``.
 """
 
+import os
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -89,7 +90,13 @@ class TorchTrainingClient:
 
 
 def _load(spec: SessionSpec, options: TorchOptions) -> "Trainer":
-    """Import torch and open the model, in the lane's thread: both take seconds."""
+    """Import torch and open the model, in the lane's thread: both take seconds.
+
+    OpenMP's threads sleep while they wait, unless the environment says otherwise: where something else wants the
+    cores too, threads that spin make a step of the tiny model ten times slower (``benchmarks/bench_threads.py``).
+    OpenMP reads the variable when torch is first imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch  # noqa: F401
     except ImportError as error:
