@@ -1,7 +1,7 @@
 """The blob store of the local disk: a directory of files named by the sha256 of their content.
 
-It knows no run and no registry. Layout: ``home/blobs/sha256/ab/<hex>``, with ``home/blobs/tmp`` beside it for what is
-being written. Read next: ``crucible_kitchen.ports.blob_store``.
+It knows no run and no registry, and reads on asyncio only (aiofiles). Layout: ``home/blobs/sha256/ab/<hex>``, with
+``home/blobs/tmp`` beside it for what is being written. Read next: ``crucible_kitchen.ports.blob_store``.
 """
 
 import errno
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+import aiofiles
 import anyio.from_thread
 
 from crucible_kitchen.errors import BlobNotFound, Conflict, IntegrityError, StorageFull, StoreError
@@ -86,7 +87,17 @@ class FilesBlobStore:
             BlobNotFound: there is none.
             IntegrityError: what is stored does not match its address.
         """
-        return await run_sync(self._get, uri)
+        sha256, digest, chunks = _address(uri), hashlib.sha256(), []
+        try:
+            async with aiofiles.open(self._path(sha256), "rb") as file:
+                while chunk := await file.read(_CHUNK):
+                    await run_sync(digest.update, chunk)
+                    chunks.append(chunk)
+        except FileNotFoundError:
+            raise BlobNotFound(f"there is no blob {uri}") from None
+        if digest.hexdigest() != sha256:
+            raise _damaged(sha256)
+        return b"".join(chunks)
 
     async def get_tree(self, uri: str, directory: Path) -> None:
         """Write a stored directory into one that does not exist yet; it appears whole or not at all.
@@ -96,7 +107,8 @@ class FilesBlobStore:
             IntegrityError: what is stored is damaged, or a name leads out of the directory.
             Conflict: the directory exists.
         """
-        await run_sync(self._get_tree, uri, Path(directory))
+        files = _parse_tree(await self.get(uri), uri)
+        await run_sync(self._get_tree, files, Path(directory))
 
     async def exists(self, uri: str) -> bool:
         """Return whether the blob is there (its hash is not verified); what is no address is not."""
@@ -163,18 +175,7 @@ class FilesBlobStore:
         listing = json.dumps({"files": files, "format": _TREE}, separators=(",", ":"), sort_keys=True).encode()
         return self._put(iter((listing,)), kind, name)
 
-    def _get(self, uri: str) -> bytes:
-        sha256 = _address(uri)
-        try:
-            data = self._path(sha256).read_bytes()
-        except FileNotFoundError:
-            raise BlobNotFound(f"there is no blob {uri}") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise _damaged(sha256)
-        return data
-
-    def _get_tree(self, uri: str, directory: Path) -> None:
-        files = _parse_tree(self._get(uri), uri)
+    def _get_tree(self, files: list[tuple[str, str]], directory: Path) -> None:
         if directory.exists():
             raise Conflict(f"the directory {directory.name} exists", hint="choose one that does not")
         aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.tmp")
