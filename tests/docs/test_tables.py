@@ -1,11 +1,13 @@
 """The documents' tables list what the code has: config keys, events, metrics, commands, options of adapters, files.
 
-Each is computed from the code and must stand in its document word for word; a failure prints the right one.
+Each is computed from the code and must stand in its document word for word, between two marks. Run as a script, this
+file writes them all.
 """
 
 import inspect
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import typer.main
 
 from crucible_kitchen.cli.app import app
 from crucible_kitchen.events import event_schema
+from crucible_kitchen.learner import hyperparams
 from crucible_kitchen.registry import Registry
 from crucible_kitchen.telemetry import PrometheusSink
 from crucible_kitchen.workflow.typing import type_name
@@ -85,7 +88,7 @@ def command_table(path, command):
 
 def command_tables():
     found = [(path, command) for path, command in commands(typer.main.get_command(app)) if command.params]
-    return [command_table(path, command) for path, command in found]
+    return "\n\n".join(command_table(path, command) for path, command in found)
 
 
 def option_table(adapter):
@@ -112,19 +115,32 @@ WITH_OPTIONS = (
     "llm_client.openai",
 )
 
-TABLES = [
-    ("docs/supervised.md", "config keys", config_table()),
-    ("docs/telemetry.md", "events", event_table()),
-    ("docs/telemetry.md", "metrics", metric_table()),
-    *(("docs/cli.md", table.partition("\n")[0].strip("# `"), table) for table in command_tables()),
-    *(("docs/backends.md", adapter, option_table(adapter)) for adapter in WITH_OPTIONS),
-]
+TABLES = {
+    "config keys": ("docs/supervised.md", config_table),
+    "events": ("docs/telemetry.md", event_table),
+    "metrics": ("docs/telemetry.md", metric_table),
+    "commands": ("docs/cli.md", command_tables),
+    **{adapter: ("docs/backends.md", partial(option_table, adapter)) for adapter in WITH_OPTIONS},
+}
 
 
-@pytest.mark.parametrize(("page", "what", "table"), TABLES, ids=[what for _, what, _ in TABLES])
-def test_a_table_is_the_code_s(page, what, table):
-    found = (ROOT / page).read_text(encoding="utf-8")
-    assert table in found, f"{page} should say of {what}:\n\n{table}\n"
+def place_of(name):
+    """Return a pattern of what stands between a table's marks."""
+    return re.compile(rf"(?<=<!-- table: {re.escape(name)} -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+
+
+def write_tables():
+    """Bring every table of the documents up to date."""
+    for name, (page, table) in TABLES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(place_of(name).sub(lambda _, table=table: table(), text), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_the_code_s(name):
+    page, table = TABLES[name]
+    (found,) = place_of(name).findall((ROOT / page).read_text(encoding="utf-8"))
+    assert found == table(), f"bring {page} up to date: python tests/docs/test_tables.py"
 
 
 def test_every_adapter_is_described():
@@ -148,3 +164,15 @@ def test_the_map_of_files_names_what_is_there():
         assert any(path.name == name for path in present), f"the map names {name}, which is not there"
     for name in re.findall(r"^(\w[\w./-]*)/? {2,}", pictured, re.MULTILINE):
         assert (ROOT / name).exists(), f"the map names {name}, which is not there"
+
+
+def test_the_recommended_learning_rate_is_the_code_s():
+    text = " ".join((ROOT / "docs/supervised.md").read_text(encoding="utf-8").split())
+    h = hyperparams
+    tiny, full = f"{h.TINY_RATE:.0e}".replace("e-0", "e-"), f"{h.FULL_RATE:.0e}".replace("e-0", "e-")
+    assert f"{tiny} for models narrower than {h.TINY_WIDTH}, else `{full} * {h.REFERENCE_WIDTH} / width`" in text
+    assert f"{tiny} at most" in text
+
+
+if __name__ == "__main__":
+    write_tables()
