@@ -19,11 +19,16 @@ from crucible_kitchen_torch.models import CausalModel
 __all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics", "plan"]
 
 
-def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
-    """Split datums into micro-batches.
+BATCH_COST = 64
+"""What a micro-batch costs beside its positions, in positions: many small operations, measured on small models."""
 
-    Groups of like length come together, so that little is padded, the longest first, so that a lack of memory shows at
-    once. A group is never separated; one that exceeds the budget alone is a micro-batch of its own.
+
+def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
+    """Split datums into micro-batches of the least cost: positions, padding counted, and ``BATCH_COST`` for each.
+
+    Groups of like length come together, the longest first, so that a lack of memory shows at once; where one
+    micro-batch ends and the next begins is found by dynamic programming. A group is never separated; one that exceeds
+    the budget alone is a micro-batch of its own.
 
     Args:
         lengths: T of each datum.
@@ -34,15 +39,21 @@ def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
         Indices of the datums of each micro-batch; groups stay whole and in order within themselves.
     """
     longest = [max(lengths[i : i + group]) for i in range(0, len(lengths), group)]
+    order = sorted(range(len(longest)), key=lambda g: -longest[g])
+    least = [0.0, *[math.inf] * len(order)]  # cost of the first groups
+    begin = [0] * (len(order) + 1)  # where the micro-batch that ends there begins
+    for i, g in enumerate(order):
+        wide = longest[g] * group
+        base = least[i] + BATCH_COST
+        for n in range(1, min(max(1, budget // wide), len(order) - i) + 1):
+            if base + n * wide < least[i + n]:
+                least[i + n], begin[i + n] = base + n * wide, i
     batches: list[list[int]] = []
-    width = 0  # the longest of the open micro-batch, which is its first
-    for g in sorted(range(len(longest)), key=lambda g: -longest[g]):
-        members = range(g * group, (g + 1) * group)
-        if not batches or (len(batches[-1]) + group) * width > budget:
-            batches.append([])
-            width = longest[g]
-        batches[-1].extend(members)
-    return batches
+    end = len(order)
+    while end:
+        chosen, end = order[begin[end] : end], begin[end]
+        batches.append([i for g in chosen for i in range(g * group, (g + 1) * group)])
+    return batches[::-1]
 
 
 def check_datums(datums: Sequence[Datum], needed: Sequence[str], vocab_size: int, context: int) -> None:
@@ -136,23 +147,28 @@ class Pass:
         datums: what to compute.
         loss: ``cross_entropy``, a loss, or None for log-probabilities without gradient.
         budget: positions per micro-batch.
+        batches: indices of the datums of each micro-batch; None plans them.
     """
 
     model: CausalModel
     datums: Sequence[Datum]
     loss: str | Loss | None
     budget: int
+    batches: Sequence[list[int]] | None = None
     logprobs: list[Array] = field(init=False)
     totals: list[float] = field(default_factory=list)
     metrics: list[Mapping[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.logprobs = [np.full(len(d), np.nan, dtype=np.float32) for d in self.datums]
-        if len(self.datums) % self._group:
-            raise BackendUserError(f"the loss takes groups of {self._group} datums, got {len(self.datums)}")
+        if len(self.datums) % self.group:
+            raise BackendUserError(f"the loss takes groups of {self.group} datums, got {len(self.datums)}")
+        if self.batches is None:
+            self.batches = plan([len(d) for d in self.datums], self.group, self.budget)
 
     @property
-    def _group(self) -> int:
+    def group(self) -> int:
+        """How many consecutive datums the loss takes at once."""
         return 1 if self.loss is None or isinstance(self.loss, str) else self.loss.group
 
     @property
@@ -162,7 +178,7 @@ class Pass:
 
     def run(self) -> Iterator[None]:
         """Compute, one micro-batch per turn."""
-        for batch in plan([len(d) for d in self.datums], self._group, self.budget):
+        for batch in self.batches or ():
             with torch.set_grad_enabled(self.loss is not None):  # left before the turn ends: it belongs to the thread
                 self._compute(batch)
             yield
@@ -209,8 +225,8 @@ class Pass:
             self.totals += [-float(w @ values) for w, values in zip(weights, found, strict=True)]
             return [-w for w in weights]
         slopes: list[Float64Array] = []
-        for start in range(0, len(batch), self._group):
-            members = slice(start, start + self._group)
+        for start in range(0, len(batch), self.group):
+            members = slice(start, start + self.group)
             value = self._value(self.loss, found[members], [self.datums[i] for i in batch[members]])
             self.totals.append(value.total)
             self.metrics.append(value.metrics)

@@ -13,6 +13,7 @@ from crucible_kitchen.errors import MissingExtra
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
 from crucible_kitchen.types import JsonObject, SessionSpec
 from crucible_kitchen.workers import Lane
+from crucible_kitchen_torch.bases import BaseModels
 from crucible_kitchen_torch.options import TorchOptions
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class TorchTrainingClient:
     """Trains and samples in this process with torch.
 
     Models: ``tiny`` (built in), a local directory, a .gguf file or a hub id of transformers; LoRA or all weights.
+    LoRA sessions of one client on one model share its weights.
     For ``cross_entropy`` only positions whose weight is not zero are computed; ``logprobs`` is NaN elsewhere.
 
     Args:
@@ -33,6 +35,9 @@ class TorchTrainingClient:
         threads: cores for each operation; None leaves it to torch.
         tokens_per_microbatch: most positions, padding counted, of one forward and backward.
         deterministic: refuse operations whose result changes from run to run; needed for equal bits on a GPU.
+        verify_invariance: before the first step, compare the gradient of the first batch between two splits into
+            micro-batches, which costs that batch's gradient once more; ``auto`` does so on a CPU in float32 for models
+            of less than 10^9 parameters. The step's metrics say what it cost and found.
 
     Raises:
         ConfigError: an option has no such value.
@@ -48,8 +53,10 @@ class TorchTrainingClient:
         threads: int | None = None,
         tokens_per_microbatch: int = 1024,
         deterministic: bool = False,
+        verify_invariance: Literal["auto", "on", "off"] = "auto",
     ) -> None:
-        self._options = TorchOptions(device, dtype, threads, tokens_per_microbatch, deterministic)
+        self._options = TorchOptions(device, dtype, threads, tokens_per_microbatch, deterministic, verify_invariance)
+        self._bases = BaseModels()
 
     @property
     def capabilities(self) -> TrainingCapabilities:
@@ -74,7 +81,7 @@ class TorchTrainingClient:
     @asynccontextmanager
     async def _open(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
         async with Lane("torch") as lane:
-            trainer = await lane.run(_load, spec, self._options)
+            trainer = await lane.run(_load, spec, self._options, self._bases)
             from crucible_kitchen_torch.session import TorchSession
 
             capabilities = replace(self.capabilities, reproducible=trainer.reproducible)
@@ -89,7 +96,7 @@ class TorchTrainingClient:
         """See ``Adapter``; sessions close with their own blocks."""
 
 
-def _load(spec: SessionSpec, options: TorchOptions) -> "Trainer":
+def _load(spec: SessionSpec, options: TorchOptions, bases: BaseModels) -> "Trainer":
     """Import torch and open the model, in the lane's thread: both take seconds.
 
     OpenMP's threads sleep while they wait, unless the environment says otherwise: where something else wants the
@@ -106,4 +113,4 @@ def _load(spec: SessionSpec, options: TorchOptions) -> "Trainer":
     from crucible_kitchen_torch.trainer import Trainer
 
     with torch_errors():
-        return Trainer(spec, options)
+        return Trainer(spec, options, bases)

@@ -12,10 +12,17 @@ import torch
 
 from crucible_kitchen.errors import BackendError, OutOfMemory, StorageFull, StoreError
 
-__all__ = ["storage_errors", "torch_errors"]
+__all__ = ["is_out_of_memory", "storage_errors", "torch_errors"]
 
 _MEMORY = re.compile(r"not enough memory|can't allocate memory|out of memory", re.IGNORECASE)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # EFBIG: the file system or a limit allows no larger file
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception, ours or torch's, says that memory did not suffice."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_MEMORY.search(str(error)))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from crucible_kitchen.errors import CapabilityError, MissingExtra, ModelNotFound
 from crucible_kitchen.types import ExportedModel, LoraSpec, SessionSpec
+from crucible_kitchen_torch.bases import BaseModels, Loaded, fingerprint
 from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import check_targets
 from crucible_kitchen_torch.models import ModelFacts, Placement
@@ -49,17 +50,26 @@ class HuggingFaceModel:
         self.facts = _facts(causal, tokenizer)
         self._decoder = causal.get_decoder()
         self._split = self._can_split()
+        self._base: Loaded | None = None  # kept alive for the sessions that share it
 
     @classmethod
-    def open(cls, spec: SessionSpec, place: Placement, path: Path | None) -> "HuggingFaceModel":
-        """Load model and tokenizer from a directory, a .gguf file or the hub."""
-        causal, inner = _load(spec.model, path, place)
+    def open(cls, spec: SessionSpec, place: Placement, path: Path | None, bases: BaseModels) -> "HuggingFaceModel":
+        """Load model and tokenizer from a directory, a .gguf file or the hub; a base for adapters only once."""
+        base: Loaded | None = None
+        if spec.lora is None:
+            causal, inner = _load(spec.model, path, place)
+        else:
+            key = (spec.model, fingerprint(path), place)
+            base = bases.get(key, lambda: Loaded(*_load(spec.model, path, place)))
+            causal, inner = base.shared()
         eos = causal.config.get_text_config().eos_token_id
         eos = eos[0] if isinstance(eos, list) and eos else eos
         vocab_size = int(causal.get_input_embeddings().weight.shape[0])
         tokenizer = HFTokenizer(inner, vocab_size, spec.chat_template, eos)
         peft = _add_lora(causal, spec.lora) if spec.lora is not None else None
-        return cls(causal, peft, tokenizer, spec.model)
+        found = cls(causal, peft, tokenizer, spec.model)
+        found._base = base
+        return found
 
     @torch.no_grad()
     def _can_split(self) -> bool:

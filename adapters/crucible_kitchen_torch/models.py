@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crucible_kitchen.errors import ModelNotFound
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import ExportedModel, SessionSpec
+from crucible_kitchen_torch.bases import BaseModels
 
 __all__ = ["CausalModel", "ModelFacts", "Placement", "open_model", "resolve"]
 
@@ -108,7 +109,7 @@ def resolve(model: str) -> Path | None:
     return None
 
 
-def open_model(spec: SessionSpec, place: Placement) -> CausalModel:
+def open_model(spec: SessionSpec, place: Placement, bases: BaseModels) -> CausalModel:
     """Load or build the model of a session; the caller has seeded torch's generator.
 
     Raises:
@@ -123,7 +124,7 @@ def open_model(spec: SessionSpec, place: Placement) -> CausalModel:
         return TinyBackend.open(spec, place, path)
     from crucible_kitchen_torch.huggingface import HuggingFaceModel
 
-    return HuggingFaceModel.open(spec, place, path)
+    return HuggingFaceModel.open(spec, place, path, bases)
 
 
 def _is_tiny(path: Path) -> bool:

@@ -22,10 +22,13 @@ class TorchOptions:
     threads: int | None
     tokens_per_microbatch: int
     deterministic: bool
+    verify_invariance: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is not known", hint=f"one of {', '.join(DTYPES)}")
+        if self.verify_invariance not in ("auto", "on", "off"):
+            raise ConfigError("verify_invariance is auto, on or off")
         if self.threads is not None and self.threads < 1:
             raise ConfigError("threads must be 1 or more", hint="leave it unset to use every core")
         if self.tokens_per_microbatch < 1:

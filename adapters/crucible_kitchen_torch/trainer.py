@@ -4,8 +4,10 @@ Knows nothing of async code. Its invariant: between two calls no autograd graph 
 Read next: ``session.py``, its async face.
 """
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,10 @@ from crucible_kitchen.types import (
     StateRef,
 )
 from crucible_kitchen_torch.accumulate import Accumulation, Pass, check_datums, combine_metrics
+from crucible_kitchen_torch.bases import BaseModels
+from crucible_kitchen_torch.faults import is_out_of_memory
+from crucible_kitchen_torch.invariance import compare, other_split
+from crucible_kitchen_torch.memory import peak_memory
 from crucible_kitchen_torch.models import Placement, open_model
 from crucible_kitchen_torch.optim import Adam
 from crucible_kitchen_torch.options import TorchOptions
@@ -36,6 +42,10 @@ from crucible_kitchen_torch.states import read_state, write_state
 __all__ = ["Snapshot", "Trainer"]
 
 _END = object()
+_log = logging.getLogger(__name__)
+
+VERIFIED_PARAMETERS = 10**9
+"""Larger models pass the invariance gate only when asked to: it costs one more gradient."""
 
 
 class Snapshot:
@@ -63,13 +73,14 @@ class Trainer:
     Args:
         spec: what the session was opened on.
         options: the executor's.
+        bases: where base models are shared; None shares nothing.
 
     Raises:
         ModelNotFound: there is no such model.
         CapabilityError: the LoRA asked for does not fit the model.
     """
 
-    def __init__(self, spec: SessionSpec, options: TorchOptions) -> None:
+    def __init__(self, spec: SessionSpec, options: TorchOptions, bases: BaseModels | None = None) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._place = placement(options)
@@ -80,13 +91,16 @@ class Trainer:
         self.budget = options.tokens_per_microbatch
         self.rng = SessionRng(spec.seed, self._place.device)
         with self.rng.borrow():
-            self.model = open_model(spec, self._place)
+            self.model = open_model(spec, self._place, bases or BaseModels())
         self._module = self.model.module.eval()
         self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
         self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         self._kept = dict(self._module.named_parameters()) if self.model.from_seed else self._params
         self._adam = Adam(self._params)
         self._snapshot: Snapshot | None = None
+        self._verify = options.verify_invariance
+        self._notes: dict[str, float] = {}  # metrics of the next step
+        self._halved = False
         self.position = 0
 
     @property
@@ -115,22 +129,83 @@ class Trainer:
         """
         self._check(datums, ("target_tokens", "weights") if isinstance(loss, str) else ("target_tokens",))
         into.admit(order)
-        work = Pass(self.model, datums, loss, self.budget)
-        self._module.zero_grad(set_to_none=True)
-        for _ in self._in_training_mode(work.run()):
-            yield None
+        halved = self._halved
+        work = yield from self._backward(datums, loss)
         into.keys += (keys := [d.key for d in datums])
         if not math.isfinite(work.total):
             raise NonFiniteLoss("the loss", self.position, keys)
-        into.add([p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params.values()], order)
-        self._module.zero_grad(set_to_none=True)
+        grads = self._taken()
+        if self._gate_is_due(work):
+            yield from self._pass_gate(work, grads)
+        into.add(grads, order)
+        said = [{"microbatch_halved": 1.0}] if self._halved and not halved else []
         yield ForwardBackwardResult(
             loss=work.total,
             weight=math.fsum(_weight(d) for d in datums),
             tokens=sum(len(d) for d in datums),
             logprobs=work.logprobs,
-            metrics=combine_metrics(work.metrics),
+            metrics=combine_metrics([*work.metrics, *said]),
         )
+
+    def _backward(
+        self, datums: Sequence[Datum], loss: str | Loss | None, batches: Sequence[list[int]] | None = None
+    ) -> Generator[None, None, Pass]:
+        """Compute a gradient, where autograd puts it; given micro-batches are computed without dropout.
+
+        The first lack of memory halves the micro-batches, for this call and all later ones.
+        """
+        while True:
+            work = Pass(self.model, datums, loss, self.budget, batches)
+            self._module.zero_grad(set_to_none=True)
+            try:
+                yield from work.run() if batches else self._in_training_mode(work.run())
+            except Exception as error:
+                self._module.zero_grad(set_to_none=True)
+                if not is_out_of_memory(error) or not self._halve(work):
+                    raise
+            else:
+                return work
+
+    def _halve(self, work: Pass) -> bool:
+        """Halve the micro-batches if that was not done before and helps."""
+        batches = work.batches or ()
+        most = max(len(b) * max(len(work.datums[i]) for i in b) for b in batches)
+        if self._halved or all(len(b) == work.group for b in batches):
+            return False
+        self._halved = True
+        self.budget = max(1, min(self.budget, most) // 2)
+        _log.warning("not enough memory: micro-batches are halved, to %d positions", self.budget)
+        return True
+
+    def _taken(self) -> list[Tensor]:
+        """Return the gradient that autograd left and leave none."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params.values()]
+        self._module.zero_grad(set_to_none=True)
+        return grads
+
+    def _gate_is_due(self, work: Pass) -> bool:
+        if self._verify == "off" or self.position or len(work.datums) < 2 * work.group:
+            return False
+        if self._verify == "on":
+            return True
+        small = sum(p.numel() for p in self._module.parameters()) < VERIFIED_PARAMETERS
+        return small and self._place.device.type == "cpu" and self._place.dtype == torch.float32
+
+    def _pass_gate(self, work: Pass, grads: list[Tensor]) -> Generator[None, None, None]:
+        """Compute the gradient again with other micro-batches, and without dropout with the same ones, and compare.
+
+        Raises:
+            TrainingError: they differ by more than rounding.
+        """
+        began = time.perf_counter()
+        batches = work.batches or ()
+        if self._dropouts:
+            yield from self._backward(work.datums, work.loss, batches)
+            grads = self._taken()
+        yield from self._backward(work.datums, work.loss, other_split(batches, work.group))
+        difference = compare(list(self._params), grads, self._taken())
+        self._verify = "off"  # once in a session
+        self._notes = {"invariance_check_s": time.perf_counter() - began, "invariance_difference": difference}
 
     def forward(self, datums: Sequence[Datum], at: Snapshot | None = None) -> Iterator[list[Array] | None]:
         """Compute target log-probabilities, one micro-batch per turn; the result comes last."""
@@ -179,7 +254,8 @@ class Trainer:
         self._freeze_snapshot()
         self._adam.apply(grads, norm, params)
         self.position += 1
-        return OptimResult(self.position, norm)
+        notes, self._notes = self._notes, {}
+        return OptimResult(self.position, norm, peak_memory(self._place.device) | notes)
 
     def snapshot(self) -> Snapshot:
         """Return the weights as they are now, held once more."""
