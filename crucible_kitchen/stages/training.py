@@ -123,7 +123,7 @@ async def train_step(session: TrainingSession, batch: Batch, data: TrainingData,
         grad_norm=outcome.grad_norm,
         tokens=tokens,
         tokens_per_sec=tokens / taken,
-        metrics=_summed(results),
+        metrics=_summed(results) | dict(outcome.metrics),
     )
 
 
