@@ -1,8 +1,8 @@
 """How the documents are read and run: their fenced blocks, what a comment before a block says, a place to run it in.
 
-A comment before a block speaks to these tests. ``small: key=value ...`` are config keys that make its runs short;
-``file: NAME`` stores it for the blocks that follow; ``prints``: the script above it prints this; ``picture``,
-``example: OF WHAT`` and ``not run: REASON`` are not run. Read next: ``test_blocks.py``.
+A comment before a block speaks to these tests. ``small: key=value ...`` are config keys (or another training client)
+that make its runs short; ``file: NAME`` stores it for the blocks that follow; ``prints``: the script above it prints this;
+``picture``, ``example: OF WHAT`` and ``not run: REASON`` are not run. Read next: ``test_blocks.py``.
 """
 
 import os
@@ -93,7 +93,10 @@ class Block:
             command = recipe_of("demo")
         if command.startswith("crucible-kitchen run "):
             for key, value in self.small.items():
-                command = re.sub(rf" {key}=\S+", "", command) + f" {key}={shlex.quote(value)}"
+                given = f" {key}={shlex.quote(value)}"
+                command = (
+                    re.sub(rf" {key}=\S+", "", command) + (" --adapter" if key == "training_client" else "") + given
+                )
         return re.sub(r"(--metrics-port) \d+", r"\1 0", command)
 
 
