@@ -10,6 +10,7 @@ machine.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -44,6 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--cases", type=int, default=4)
     return parser.parse_args()
 
 
@@ -154,7 +156,7 @@ async def timed(call: Callable[[], Awaitable[None] | None]) -> Took:
 
 
 async def compare(
-    name: str, repetitions: int, ours: Callable[[], Awaitable[None]], peers: dict[str, Callable[[], None]]
+    repetitions: int, name: str, ours: Callable[[], Awaitable[None]], peers: dict[str, Callable[[], None]]
 ) -> tuple[object, ...]:
     """Time both sides in turns; the peer is the fastest of several."""
     await timed(ours)
@@ -192,17 +194,16 @@ async def main() -> None:
             }
             single = {"generate": lambda: generate(model, [prompt], args.tokens, 16)}
             await timed(lambda: generate(model, [prompt], 4, 16))
-            rows = [
-                await compare("16 samples of 200 tokens", args.repetitions, many, single),
-                await compare("the same, deterministic", args.repetitions, lambda: many(mode="deterministic"), single),
-                await compare("64 mixed requests", args.repetitions, lambda: merged(sampler, requests), static),
-                await compare(
-                    "the same, deterministic",
-                    max(1, args.repetitions // 2),
-                    lambda: merged(sampler, requests, mode="deterministic"),
-                    static,
-                ),
+            cases = [
+                ("16 samples of 200 tokens", many, single),
+                ("the same, deterministic", lambda: many(mode="deterministic"), single),
+                ("64 mixed requests", lambda: merged(sampler, requests), static),
+                ("the same, deterministic", lambda: merged(sampler, requests, mode="deterministic"), static),
             ]
+            rows = []
+            for case in cases[: args.cases]:
+                rows.append(await compare(args.repetitions, *case))
+                print(rows[-1], file=sys.stderr)
             first = max([await steps_to_first_token(sampler, requests) for _ in range(args.repetitions)])
     head = ("case", "beside", "s", "its s", "times faster, wall", "CPU")
     print_table(f"Sampling, {args.threads} threads of {machine()}", head, rows)

@@ -53,6 +53,7 @@ COMMANDS = {
     "workflows": "--json --debug",
     "recipes": "--json --debug",
     "adapters": "--json --debug",
+    "sample": "model --prompt -p --system --temperature --top-p --max-tokens --seed --home --adapter --json --debug",
     "doctor": "--home --json --debug",
     "version": "--json",
     "models": "--home --adapter --json --debug",

@@ -6,6 +6,7 @@ Knows no session: it holds a copy of the weights. Read next: ``crucible_kitchen_
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import anyio
 import anyio.lowlevel
@@ -68,6 +69,8 @@ class NoopSampler:
         if params.max_tokens < 1 or n < 1:
             raise BackendUserError(f"max_tokens and n must be 1 or more, got {params.max_tokens} and {n}")
         self._check_tokens(prompt)
+        if params.rescore and (params.temperature != 1 or params.top_p < 1 or params.top_k):
+            raise BackendUserError("rescore needs temperature 1 without top_p and top_k")
         seed = params.seed if params.seed is not None else self._draw_seed()
         return [await self._continue(prompt, params, np.random.default_rng([abs(seed), i])) for i in range(n)]
 
@@ -112,13 +115,31 @@ class NoopSampler:
                 del text[len(text) - len(found or b"") :]
                 reason = "stop"
                 break
-        return Sampled(
+        sample = Sampled(
             np.asarray(tokens, dtype=np.int64),
             np.asarray(logprobs, dtype=np.float32),
             text.decode(errors="replace"),
             "stop" if reason == "stop" else "length",
             self._version,
         )
+        return self._with_logprobs(sample, prompt, params)
+
+    def _with_logprobs(self, sample: Sampled, prompt: Sequence[int], params: SamplingParams) -> Sampled:
+        """Add the log-probabilities that were asked for beyond the usual ones."""
+        ids = np.concatenate([np.asarray(prompt, dtype=np.int64), sample.tokens])
+        own = token_logprobs(self._table, ids[:-1], ids[1:]).astype(np.float32)
+        raw, of_prompt = own[len(prompt) - 1 :], own[: len(prompt) - 1]
+        sample = replace(
+            sample,
+            logprobs=raw if params.rescore else sample.logprobs,
+            raw_logprobs=raw if params.raw_logprobs else None,
+            prompt_logprobs=of_prompt if params.prompt_logprobs else None,
+        )
+        if not params.top_logprobs:
+            return sample
+        every = log_softmax(self._table[ids[len(prompt) - 1 : -1]])
+        best = np.argsort(-every, axis=1, kind="stable")[:, : params.top_logprobs]
+        return replace(sample, top_tokens=best, top_logprobs=np.take_along_axis(every, best, axis=1).astype(np.float32))
 
 
 def _draw(logits: Float64Array, params: SamplingParams, rng: np.random.Generator) -> tuple[int, float]:

@@ -61,10 +61,11 @@ class OpenAISampler:
         """See ``Sampler``.
 
         Raises:
-            CapabilityError: the service gives no token ids.
+            CapabilityError: the service gives no token ids, or cannot tell what is asked for beyond the usual.
         """
         if not prompt or params.max_tokens < 1 or n < 1:
             raise BackendUserError("a request needs a prompt, and max_tokens and n of 1 or more")
+        _check_usual(params)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         bodies = [self._body(prompt, params, _seed(seed, number)) for number in range(n)]
 
@@ -144,6 +145,14 @@ async def _all(call: Callable[[Any], Awaitable[R]], items: Sequence[Any]) -> lis
     if failures:
         raise failures[0]
     return results
+
+
+def _check_usual(params: SamplingParams) -> None:
+    """Refuse what a service of this interface does not promise."""
+    asked = [n for n in ("raw_logprobs", "top_logprobs", "prompt_logprobs", "rescore") if getattr(params, n)]
+    asked += ["mode"] if params.mode != "fast" else []
+    if asked:
+        raise CapabilityError(f"the service cannot sample with {', '.join(asked)}", hint="sample locally")
 
 
 def _sampled(choice: JsonObject, params: SamplingParams) -> Sampled:

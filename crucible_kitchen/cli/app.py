@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from crucible_kitchen import __version__
-from crucible_kitchen.cli import catalogue, doctor, models, reading, running
+from crucible_kitchen.cli import catalogue, doctor, models, reading, running, sample
 from crucible_kitchen.cli.console import (
     CANCELLED,
     FAILED,
@@ -75,6 +75,7 @@ for _command in (
     catalogue.workflows,
     catalogue.recipes,
     catalogue.adapters,
+    sample.sample,
     doctor.doctor,
     version,
 ):

@@ -16,6 +16,10 @@ class Sampler(Protocol):
     Guarantees: calls may run concurrently; each request draws from its own generator, so that the same seed gives the
     same samples whatever else runs (to the last bit where the backend says so); the weights never change under a
     sampler: ``version`` says which optimizer step they are from. Cancelling a call frees its slot.
+
+    With ``mode="deterministic"`` a request's bits are the same whatever else runs on the same machine with the same
+    settings. What a request asks for beyond tokens, text and ``logprobs`` (``mode``, ``raw_logprobs``,
+    ``top_logprobs``, ``prompt_logprobs``, ``rescore``) is given exactly or refused, never left out.
     """
 
     @property
@@ -32,7 +36,9 @@ class Sampler(Protocol):
         """Draw ``n`` continuations of one prompt, in order.
 
         Raises:
-            BackendUserError: the prompt is empty or longer than the context, or ``max_tokens`` is below 1.
+            BackendUserError: the prompt is empty or longer than the context, or ``max_tokens`` is below 1; or
+                ``rescore`` is asked for with a processed distribution.
+            CapabilityError: the backend cannot give what is asked for.
         """
         ...
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import anyio
 import numpy as np
 
-from crucible_kitchen.errors import BackendUserError
+from crucible_kitchen.errors import BackendUserError, CapabilityError
 from crucible_kitchen.ports import Sampler
 from crucible_kitchen.testing.contracts.base import close, refuses, skip
 from crucible_kitchen.types import Sampled, SamplingParams
@@ -134,6 +134,62 @@ async def a_stop_text_ends_a_sample(case: Sampling) -> None:
     skip("the model writes nothing printable to stop at")
 
 
+async def more_log_probabilities_are_given_or_refused(case: Sampling) -> None:
+    """Of the model's own distribution: of the tokens, of the likeliest tokens, and of the prompt."""
+    prompt = case.prompt()
+    params = replace(_PARAMS, temperature=0.7, top_k=5, raw_logprobs=True, top_logprobs=3, prompt_logprobs=True)
+    try:
+        sample = (await case.sampler.sample(prompt, params))[0]
+    except CapabilityError:
+        return
+    (scored,) = await case.sampler.compute_logprobs([[*prompt, *sample.tokens.tolist()]])
+    assert sample.raw_logprobs is not None, "raw_logprobs are missing"
+    assert sample.prompt_logprobs is not None, "prompt_logprobs are missing"
+    assert sample.top_tokens is not None, "top_tokens are missing"
+    assert sample.top_logprobs is not None, "top_logprobs are missing"
+    close([sample.raw_logprobs], [scored[len(prompt) - 1 :]], case.tolerance, "raw log-probabilities and the model's")
+    close([sample.prompt_logprobs], [scored[: len(prompt) - 1]], case.tolerance, "those of the prompt and the model's")
+    assert sample.top_tokens.shape == sample.top_logprobs.shape == (len(sample.tokens), 3), "a shape is not [T, k]"
+    assert bool(np.all(np.diff(sample.top_logprobs, axis=1) <= 0)), "the likeliest token does not stand first"
+    best = sample.top_logprobs[:, 0]
+    assert bool(np.all(sample.raw_logprobs <= best + case.tolerance)), "a drawn token is likelier than the likeliest"
+
+
+async def deterministic_samples_have_the_same_bits_in_company(case: Sampling) -> None:
+    """Or the mode is refused."""
+    params = replace(_PARAMS, mode="deterministic")
+    try:
+        alone = await case.sampler.sample(case.prompt(), params, 2)
+    except CapabilityError:
+        return
+    found: list[list[Sampled]] = []
+
+    async def ask() -> None:
+        found.append(await case.sampler.sample(case.prompt(), params, 2))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask)
+        for seed in range(3):
+            group.start_soon(case.sampler.sample, case.prompt(), replace(params, seed=seed), 2)
+            group.start_soon(case.sampler.sample, case.prompt(), replace(_PARAMS, seed=seed), 2)
+    for a, b in zip(alone, found[0], strict=True):
+        assert (a.tokens.tolist(), a.logprobs.tobytes()) == (b.tokens.tolist(), b.logprobs.tobytes()), "other bits"
+
+
+async def rescored_log_probabilities_are_the_models(case: Sampling) -> None:
+    """Exactly what ``compute_logprobs`` gives for the request's samples; a processed distribution is refused."""
+    prompt, params = case.prompt(), replace(_PARAMS, temperature=1.0, rescore=True)
+    try:
+        samples = await case.sampler.sample(prompt, params, 2)
+    except CapabilityError:
+        return
+    scored = await case.sampler.compute_logprobs([[*prompt, *s.tokens.tolist()] for s in samples])
+    for sample, logprobs in zip(samples, scored, strict=True):
+        assert sample.logprobs.tobytes() == logprobs[len(prompt) - 1 :].tobytes(), "not the model's to the last bit"
+    with refuses(BackendUserError, what="rescore of a processed distribution"):
+        await case.sampler.sample(prompt, replace(params, temperature=0.5))
+
+
 async def impossible_requests_are_refused(case: Sampling) -> None:
     """An empty prompt, no tokens to draw, a prompt beyond the context."""
     with refuses(BackendUserError, what="an empty prompt"):
@@ -163,6 +219,9 @@ SAMPLER_CHECKS: tuple[Callable[[Sampling], Awaitable[None]], ...] = (
     logprobs_do_not_depend_on_company,
     temperature_zero_takes_the_likeliest_token,
     a_stop_text_ends_a_sample,
+    more_log_probabilities_are_given_or_refused,
+    deterministic_samples_have_the_same_bits_in_company,
+    rescored_log_probabilities_are_the_models,
     impossible_requests_are_refused,
     a_cancelled_sample_leaves_the_sampler_usable,
 )
