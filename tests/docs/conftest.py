@@ -1,7 +1,7 @@
 """How the documents are read and run: their fenced blocks, what a comment before a block says, a place to run it in.
 
 A comment before a block speaks to these tests. ``small: key=value ...`` are config keys (or another training client)
-that make its runs short; ``file: NAME`` stores it for the blocks that follow; ``prints``: the script above it prints this;
+that make its runs short; ``file: NAME`` stores it for the blocks that follow; ``prints``: the script above prints it;
 ``picture``, ``example: OF WHAT`` and ``not run: REASON`` are not run. Read next: ``test_blocks.py``.
 """
 
