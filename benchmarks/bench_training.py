@@ -263,7 +263,10 @@ async def against_trl(args: argparse.Namespace, stack: AsyncExitStack, model: Pa
         for step in steps:
             await step()
 
-    contenders = {"executor": ours(await opened(stack, str(model), None, args.threads), data, 32), "plain loop": loop}
+    contenders = {
+        "executor": ours(await opened(stack, str(model), None, args.threads), data, 32),
+        "plain loop, length-sorted": loop,
+    }
     try:
         contenders["TRL SFTTrainer, padded"] = trl(model, data, directory, packing=False)
         contenders["TRL SFTTrainer, packing"] = trl(model, data, directory, packing=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from crucible_kitchen.errors import CapabilityError, MissingExtra, ModelNotFound
+from crucible_kitchen.errors import CapabilityError, ConfigError, MissingExtra, ModelNotFound
 from crucible_kitchen.types import ExportedModel, LoraSpec, SessionSpec
 from crucible_kitchen_torch.bases import BaseModels, Loaded, fingerprint
 from crucible_kitchen_torch.faults import storage_errors
@@ -65,6 +65,7 @@ class HuggingFaceModel:
         eos = causal.config.get_text_config().eos_token_id
         eos = eos[0] if isinstance(eos, list) and eos else eos
         vocab_size = int(causal.get_input_embeddings().weight.shape[0])
+        _check_vocabulary(inner, vocab_size)
         tokenizer = HFTokenizer(inner, vocab_size, spec.chat_template, eos)
         peft = _add_lora(causal, spec.lora) if spec.lora is not None else None
         found = cls(causal, peft, tokenizer, spec.model)
@@ -160,7 +161,9 @@ def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
     if path is not None:
         options["local_files_only"] = True
     try:
-        causal = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=place.dtype, **options)
+        causal, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=place.dtype, output_loading_info=True, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, MemoryError):
         raise  # torch's, translated where torch's are
@@ -170,9 +173,39 @@ def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
             f"the {kind} {model!r} does not lead to a causal language model: {type(error).__name__}",
             hint="the directory needs config.json, tokenizer files and *.safetensors; a hub id needs a connection",
         ) from error
+    _check_whole(model, sorted(report["missing_keys"]))
     causal.to(place.device)
     causal.eval()
     return causal, tokenizer
+
+
+def _check_whole(model: str, missing: list[str]) -> None:
+    """Check that every weight was in the files: transformers fills in random ones and only logs it.
+
+    Raises:
+        ModelNotFound: some were not.
+    """
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelNotFound(
+            f"the model {model!r} lacks weights: {', '.join(missing[:3])}{more}",
+            hint="the directory needs all of the model's *.safetensors",
+        )
+
+
+def _check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Check that the model has an embedding for every token of its tokenizer, those added to it left out.
+
+    Readers of .gguf files add tokens that the model never had; a datum that used one would be refused.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if tokenizer.vocab_size > rows:
+        raise ConfigError(
+            f"the tokenizer knows {tokenizer.vocab_size} tokens, but the model's vocabulary has {rows}",
+            hint="use the tokenizer the model was trained with",
+        )
 
 
 def _transformers() -> Any:
@@ -220,7 +253,8 @@ def _add_lora(causal: Any, spec: LoraSpec) -> Any:
 
 @contextmanager
 def _without_peft_warnings() -> Iterator[None]:
-    """Keep to ourselves that peft asks transformers for an attribute under its older name."""
+    """Keep to ourselves that peft asks for an attribute under its older name, and how GPT-2 lays out its weights."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
