@@ -5,13 +5,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 
-.PHONY: help install demo test e2e lint format bench clean
+.PHONY: help install demo test e2e lint format bench peers clean
 
 help:
 	@echo "make demo     watch a small language model learn addition, get measured and registered (about 2 minutes)"
 	@echo "make test     lint, types, unit, contract and virtual-clock suites, the README's blocks (under 10 minutes)"
 	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
 	@echo "make bench    the tables of docs/benchmarks.md"
+	@echo "make peers    fetches trl into .peers and measures training beside it"
 	@echo "make install  the virtual environment only"
 
 install: $(DEV)
@@ -48,5 +49,10 @@ e2e: $(DEV)
 bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+peers: $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0
+	$(BIN)/pytest -m peers || test $$? -eq 5
+	$(BIN)/python benchmarks/bench_training.py
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
+	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
