@@ -177,6 +177,7 @@ async def main() -> None:
     from transformers import AutoModelForCausalLM
 
     args = options()
+    torch.set_num_threads(args.threads)  # of this thread, where `generate` runs; the session sets its own
     rng = np.random.default_rng(0)
     prompt, requests = rng.integers(1, VOCABULARY, 200).tolist(), prompts(64, rng)
     with tempfile.TemporaryDirectory() as directory:

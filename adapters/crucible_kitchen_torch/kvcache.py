@@ -197,25 +197,37 @@ class Slots:
         if self._model in _PROBED:
             return
         _PROBED.add(self._model)
+        cause: Exception | None = None
+        try:
+            same = self._steps_like_the_model()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            same, cause = False, error
+        if not same:
+            _PROBED.discard(self._model)
+            raise CapabilityError(
+                f"{self._model.facts.architecture} cannot be sampled here: it needs more than keys and values",
+                hint="serve it with an inference server and use sampling_client=openai",
+            ) from cause
+
+    def _steps_like_the_model(self) -> bool:
+        """Whether a step of two rows gives the scores that the model gives for their whole sequences."""
         size = self._model.facts.vocab_size
-        short, long = ([i % size for i in ids] for ids in ((5, 3), (2, 7, 1, 8, 2)))
-        probe = Slots(self._model, 2, 8, fixed=False)
-        for row, ids in enumerate((long, short)):
+        rows = [[i % size for i in ids] for ids in ((2, 7, 1, 8, 2), (5, 3))]
+        probe = Slots(self._model, len(rows), 8, fixed=False)
+        for row, ids in enumerate(rows):
             tokens = torch.tensor([ids[:-1]], device=self._device)
             positions = torch.arange(len(ids) - 1, device=self._device)[None]
-            cache = prompt_cache(self._model)
-            self._model.next_scores(tokens, positions, torch.ones_like(tokens, dtype=torch.bool), cache)
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            _, cache = self._model.next_scores(tokens, positions, mask, prompt_cache(self._model))
             probe.put([row], read_cache(cache), 0, len(ids) - 1)
-        found = probe.step(torch.tensor([long[-1], short[-1]]), torch.tensor([len(long) - 1, len(short) - 1]))
-        for row, ids in enumerate((long, short)):
-            want = self._model.head(self._model.hidden(torch.tensor([ids], device=self._device))[:, -1])[0]
-            scale = max(1.0, float(want.abs().max()))
-            if not float((found[row] - want).abs().max()) <= _PROBE_TOLERANCE * scale:
-                _PROBED.discard(self._model)
-                raise CapabilityError(
-                    f"{self._model.facts.architecture} cannot be sampled here: it keeps more than keys and values",
-                    hint="serve it with an inference server and use sampling_client=openai",
-                )
+        found = probe.step(torch.tensor([ids[-1] for ids in rows]), torch.tensor([len(ids) - 1 for ids in rows]))
+        wanted = [
+            self._model.head(self._model.hidden(torch.tensor([ids], device=self._device))[:, -1])[0] for ids in rows
+        ]
+        gap = max(
+            float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(found, wanted, strict=True)
+        )
+        return gap <= _PROBE_TOLERANCE
 
 
 def _grown(have: int, want: int) -> int:
