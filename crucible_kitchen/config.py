@@ -227,7 +227,7 @@ class RegistryConfig(RunConfig):
     register_as: str = ""
     """The model's name in the registry; unset: ``<workflow>-<model>-<dataset>``."""
 
-    parent_model: str = ""
+    parent_model: str = Field(default="", pattern=r"^(.+:[^:]+)?$")
     """The registered version that this one grew out of, ``name:version``."""
 
 

@@ -13,7 +13,7 @@ from crucible_kitchen.types import BlobRef, ModelVersion
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
-__all__ = ["RegisterConfig", "register_model", "registry_given"]
+__all__ = ["RegisterConfig", "check_parent", "parent_given", "register_model", "registry_given"]
 
 
 class RegisterConfig(ModelConfig, DataConfig, RegistryConfig):
@@ -23,6 +23,19 @@ class RegisterConfig(ModelConfig, DataConfig, RegistryConfig):
 def registry_given(model_registry: ModelRegistry | None) -> bool:
     """Whether there is a registry."""
     return model_registry is not None
+
+
+def parent_given(config: RegistryConfig) -> bool:
+    """Whether the model is said to have grown out of a registered one."""
+    return bool(config.parent_model)
+
+
+@stage()
+async def check_parent(config: RegistryConfig, model_registry: ModelRegistry | None = None) -> None:
+    """Make sure, before anything is trained, that the parent is registered: a lineage must not lie."""
+    if model_registry is not None:
+        name, _, version = config.parent_model.rpartition(":")
+        await model_registry.get(name, int(version) if version.isdecimal() else version)
 
 
 @stage(writes="registered_model")
@@ -58,8 +71,15 @@ async def _unregister(registered_model: ModelVersion, model_registry: ModelRegis
 
 def default_name(recipe: str, model: str, dataset: str) -> str:
     """Return a registry name made of the run's recipe, model and dataset: ``supervised-tiny-sums``."""
-    parts = (recipe, model.rstrip("/").rpartition("/")[2], dataset.rstrip("/").rpartition("/")[2])
+    parts = (recipe, _short(model), _short(dataset))
     return "-".join("".join(c if c.isalnum() or c in "._-" else "_" for c in part) for part in parts)
+
+
+def _short(name: str) -> str:
+    """Return the last part of a path or hub id, without the ending of a data or model file."""
+    last = name.rstrip("/").rpartition("/")[2]
+    stem, _, ending = last.rpartition(".")
+    return stem if stem and ending in ("jsonl", "json", "csv", "tsv", "parquet", "gguf") else last
 
 
 def lineage(config: RegisterConfig, data: TrainingData, session: TrainingSession, run: Run) -> dict[str, Any]:

@@ -215,7 +215,9 @@ async def save_final(session: TrainingSession, blob_store: BlobStore, config: Mo
 @save_final.validate
 def _can_export(training_client: TrainingClient) -> None:
     if not training_client.capabilities.export:
-        raise CapabilityError("the training backend cannot export weights", hint="use .without('save_final')")
+        raise CapabilityError(
+            "the training backend cannot export weights", hint="use .without('save_final').without('register_model')"
+        )
 
 
 def _fresh_directory(path: Path) -> None:

@@ -175,10 +175,8 @@ def in_words(record: EventRecord) -> str | None:
 
 
 def _stop_words(record: EventRecord, event: e.WorkflowStop) -> str:
-    why = event.error or {}
-    where = f" at {why['where']}" if why.get("where") else ""
-    told = f"{where}: {why.get('message', '')}" if why else ""
-    return f"run {record.run_id} {event.status} after {event.duration_s:.1f} s{told}"
+    where = (event.error or {}).get("where")  # the error itself was told by its stage, and is by whoever waits
+    return f"run {record.run_id} {event.status} after {event.duration_s:.1f} s" + (f" at {where}" if where else "")
 
 
 def _data_words(_: EventRecord, event: e.DataPrepared) -> str:

