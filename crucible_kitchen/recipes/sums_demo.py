@@ -16,6 +16,7 @@ sums_demo = Recipe(
         "learning_rate": 2e-3,
         "warmup": 0.05,
         "eval_at_start": True,
+        "eval_every": 150,
         "eval_size": 500,
         "eval_max_tokens": 8,
         "register_as": "sums-tiny",
