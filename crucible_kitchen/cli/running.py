@@ -304,6 +304,6 @@ async def in_kitchen(kitchen: "Kitchen", order: Order, interrupt: Interrupt) -> 
 async def facts_of(kitchen: "Kitchen", handle: "RunHandle") -> dict[str, Any]:
     """Return what the store knows of a run that ended, or only its end if the store itself is broken."""
     try:
-        return await run_facts(kitchen.store, handle.id)
+        return await run_facts(kitchen.store, handle.id) | {"status": handle.status}  # a full disk records no end
     except CrucibleError:
         return {"run_id": handle.id, "status": handle.status}

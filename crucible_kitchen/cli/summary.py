@@ -69,10 +69,11 @@ def summary(facts: Mapping[str, Any], home: Path) -> list[str]:
     if model := state.get("registered_model"):
         lines.append(_fact("model", f"{model['name']}:{model['version']}"))
     directory = home / "runs" / str(run_id)
+    stored = any(artifact["kind"] == "weights" for artifact in facts.get("artifacts") or ())  # whole, not half written
     lines += [
         _fact(what, str(directory / name))
         for what, name in (("weights", "export"), ("report", "report.md"))
-        if (directory / name).exists()
+        if (directory / name).exists() and (what != "weights" or stored)
     ]
     where = "" if home == DEFAULT_HOME else f" --home {home}"
     return [*lines, _fact("look again", f"crucible-kitchen show {run_id}{where}")]

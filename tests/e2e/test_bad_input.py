@@ -235,8 +235,19 @@ def test_a_disk_that_is_full_when_the_weights_are_saved_fails_the_run(
 
 
 def test_a_disk_without_room_for_the_records_of_a_run(run: Any, small_disk: Any) -> None:
-    ended = run(*supervised(), at=small_disk("80k"))
+    place = small_disk("80k")
+    ended = run(*supervised(), at=place)
     assert ended.code == 1
     assert ended.json["status"] == "failed"
     assert ended.json["error"]["code"] == "store.full"
     assert "Traceback" not in ended.err
+
+
+def test_a_failed_run_promises_no_weights_that_are_not_there(command: Any, small_disk: Any, tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    home = small_disk("2m")
+    ended = command("run", *supervised(model="tiny"), "max_steps=1", ONE_THREAD, "--quiet", home=home, cwd=tmp_path)
+    assert ended.code == 1
+    head, *facts = ended.out.splitlines()
+    assert " failed after " in head
+    assert [line.split()[0] for line in facts] == ["look"]
