@@ -1,7 +1,7 @@
 # One command per thing a person wants. Everything runs in .venv, which `install` makes and the others make when needed.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 
@@ -50,7 +50,7 @@ bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 peers: $(DEV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0
 	$(BIN)/pytest -m peers || test $$? -eq 5
 	$(BIN)/python benchmarks/bench_training.py
 

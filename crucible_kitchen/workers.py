@@ -5,6 +5,7 @@ strictly in order (torch, SQLite). Under :func:`inline` (virtual-clock tests) bo
 ``Submissions`` turns coroutines into ``Pending`` results inside a task group. Read next: ``crucible_kitchen.ports``.
 """
 
+import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
@@ -16,7 +17,6 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
-import sniffio
 
 from crucible_kitchen.errors import SessionLost
 
@@ -80,13 +80,12 @@ def waker() -> Callable[[Callable[[], object]], object]:
 
     The function it returns raises ``RuntimeError`` once the loop is gone.
     """
-    if sniffio.current_async_library() == "trio":
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:  # no asyncio loop runs in this thread: it is trio's
         import trio
 
         return trio.lowlevel.current_trio_token().run_sync_soon
-    import asyncio
-
-    return asyncio.get_running_loop().call_soon_threadsafe
 
 
 class Lane:

@@ -8,18 +8,18 @@ import asyncio
 from collections.abc import Callable
 
 import anyio
-import sniffio
 
 __all__ = ["loop_clock", "scope_class"]
 
 
 def loop_clock() -> Callable[[], float]:
     """Return a function that says what ``anyio.current_time`` says on the running event loop, virtual time included."""
-    if sniffio.current_async_library() == "trio":
+    try:
+        return asyncio.get_running_loop().time
+    except RuntimeError:  # no asyncio loop runs in this thread: it is trio's
         import trio
 
         return trio.current_time
-    return asyncio.get_running_loop().time
 
 
 def scope_class() -> type[anyio.CancelScope]:
