@@ -283,7 +283,7 @@ class NoopSession:
             gradients = self._model.gradients(scope.sum.total() * scale)
             norm = float(np.sqrt(sum(float(np.sum(g * g)) for g in gradients.values())))
         if not scope.sum.finite or not np.isfinite(norm):
-            raise NonFiniteLoss("the gradient" if scope.sum.finite else "the loss", scope.index, scope.sum.keys)
+            raise NonFiniteLoss("the gradient" if scope.sum.finite else "the loss", scope.index + 1, scope.sum.keys)
         if 0 < params.grad_clip_norm < norm:
             gradients = {name: g * (params.grad_clip_norm / norm) for name, g in gradients.items()}
         self._model.apply(gradients, params)

@@ -201,7 +201,8 @@ class Pass:
             self.logprobs[i][c] = values
         if self.loss is not None:
             slope = np.concatenate(self._slopes(batch, chosen, found))
-            torch.autograd.backward(out, torch.from_numpy(slope).to(device=device, dtype=out.dtype))
+            # A scalar: with a gradient given, torch imports sympy to compare shapes, a third of a second once.
+            torch.autograd.backward((out * torch.from_numpy(slope).to(device=device, dtype=out.dtype)).sum())
 
     def _chosen(self, datum: Datum) -> Array:
         """Return the positions to compute: those with weight for cross-entropy, all for everything else."""

@@ -154,15 +154,18 @@ def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
     transformers = _transformers()
     source = str(path or model)
     options: dict[str, Any] = {"trust_remote_code": False}
+    weights: dict[str, Any] = {}
     if path is not None and path.is_file():
         _require_gguf()
         source = str(path.parent)
         options["gguf_file"] = path.name
+        if hasattr(transformers, "GgufConfig"):  # else it counts as quantized, which cannot be saved
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if path is not None:
         options["local_files_only"] = True
     try:
         causal, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=place.dtype, output_loading_info=True, **options
+            source, dtype=place.dtype, output_loading_info=True, **options, **weights
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, MemoryError):

@@ -133,7 +133,7 @@ class Trainer:
         work = yield from self._backward(datums, loss)
         into.keys += (keys := [d.key for d in datums])
         if not math.isfinite(work.total):
-            raise NonFiniteLoss("the loss", self.position, keys)
+            raise NonFiniteLoss("the loss", self.position + 1, keys)
         grads = self._taken()
         if self._gate_is_due(work):
             yield from self._pass_gate(work, grads)
@@ -250,7 +250,7 @@ class Trainer:
             raise BackendUserError(f"step {self.position} has no gradient to apply", hint="call forward_backward first")
         norm = self._adam.norm(grads, scale)
         if not math.isfinite(norm):
-            raise NonFiniteLoss("the gradient", self.position, accumulated.keys)
+            raise NonFiniteLoss("the gradient", self.position + 1, accumulated.keys)
         self._freeze_snapshot()
         self._adam.apply(grads, norm, params)
         self.position += 1

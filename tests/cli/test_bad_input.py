@@ -57,7 +57,7 @@ def test_a_person_sees_accuracy_model_weights_and_report_at_the_end(cli: Any, ho
     assert "before" in facts["accuracy"]
     assert "after (" in facts["accuracy"]
     assert "synthetic" in facts["accuracy"]
-    assert facts["model"].split()[-1] == "supervised-toy-rows.jsonl:1"
+    assert facts["model"].split()[-1] == "supervised-toy-rows:1"
     assert Path(facts["weights"].split()[-1]).is_dir()
     assert Path(facts["report"].split()[-1]).is_file()
     assert f"--home {home}" in facts["look"]
