@@ -20,10 +20,10 @@ import typer
 from crucible_kitchen.cli.console import answer_json, reporting, say
 from crucible_kitchen.cli.options import DEFAULT_HOME, AdapterOption, HomeOption, JsonOption
 from crucible_kitchen.errors import AdapterError, ConfigError, ModelNotFound, NotFoundError, VersionNotFound
-from crucible_kitchen.types import Message, SamplingParams, SessionSpec
 
 if TYPE_CHECKING:
     from crucible_kitchen.ports import Sampler
+    from crucible_kitchen.types import Message, SamplingParams
 
 __all__ = ["sample"]
 
@@ -67,6 +67,8 @@ def sample(
     """Talk with a model. Ctrl-C ends a reply, Ctrl-D the chat."""
     import anyio
 
+    from crucible_kitchen.types import SamplingParams
+
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
@@ -74,7 +76,7 @@ def sample(
         raise ConfigError("the prompt is empty", hint="give one with --prompt TEXT or on standard input")
     if prompt is None and as_json:
         raise ConfigError("--json needs one prompt", hint="give it with --prompt TEXT")
-    first = [Message("system", system)] if system else []
+    first = [_message("system", system)] if system else []
     anyio.run(_talk, model, home.absolute(), tuple(adapter or ()), first, prompt, params, as_json)
 
 
@@ -82,9 +84,9 @@ async def _talk(
     model: str,
     home: Path,
     given: tuple[str, ...],
-    first: list[Message],
+    first: "list[Message]",
     prompt: str | None,
-    params: SamplingParams,
+    params: "SamplingParams",
     as_json: bool,
 ) -> None:
     async with _opened(model, home, given) as sampler:
@@ -92,14 +94,20 @@ async def _talk(
             await _chat(_Speaker(sampler, params), first)
             return
         speaker = _Speaker(sampler, params)
-        messages = [*first, Message("user", prompt)]
+        messages = [*first, _message("user", prompt)]
         if as_json:
             await _told(speaker, messages)
         else:
             await speaker.reply(messages)
 
 
-async def _told(speaker: "_Speaker", messages: list[Message]) -> None:
+def _message(role: str, content: str) -> "Message":
+    from crucible_kitchen.types import Message
+
+    return Message(role, content)
+
+
+async def _told(speaker: "_Speaker", messages: "list[Message]") -> None:
     (found,) = await speaker.sampler.sample(speaker.ids(messages), speaker.params)
     mean = float(found.logprobs.mean()) if len(found.logprobs) else 0.0
     answer_json(
@@ -113,7 +121,7 @@ async def _told(speaker: "_Speaker", messages: list[Message]) -> None:
     )
 
 
-async def _chat(speaker: "_Speaker", messages: list[Message]) -> None:
+async def _chat(speaker: "_Speaker", messages: "list[Message]") -> None:
     """Read lines and answer them until the input ends."""
     say("Ctrl-C ends a reply, Ctrl-D the chat.")
     while True:
@@ -122,8 +130,8 @@ async def _chat(speaker: "_Speaker", messages: list[Message]) -> None:
             say()
             return
         if line.strip():
-            messages = [*messages, Message("user", line)]
-            messages.append(Message("assistant", await speaker.reply(messages)))
+            messages = [*messages, _message("user", line)]
+            messages.append(_message("assistant", await speaker.reply(messages)))
 
 
 def _line() -> str | None:
@@ -145,16 +153,16 @@ class _Speaker:
     """A sampler whose replies appear while they grow."""
 
     sampler: "Sampler"
-    params: SamplingParams
+    params: "SamplingParams"
 
-    def ids(self, messages: list[Message]) -> list[int]:
+    def ids(self, messages: "list[Message]") -> list[int]:
         """Return a conversation as the model takes it; for a model without a chat template just its text."""
         tokenizer = self.sampler.tokenizer
         if tokenizer.chat:
             return tokenizer.render_chat(messages, generation_prompt=True)
         return [*tokenizer.prefix_ids, *tokenizer.encode("\n".join(m.content for m in messages))]
 
-    async def reply(self, messages: list[Message]) -> str:
+    async def reply(self, messages: "list[Message]") -> str:
         """Write the reply to a conversation, and return it; an interrupt ends it early."""
         import anyio
 
@@ -221,6 +229,8 @@ class _Kitchenware:
 @asynccontextmanager
 async def _opened(model: str, home: Path, given: tuple[str, ...]) -> "AsyncGenerator[Sampler, None]":
     """Open a sampler of whatever a name means."""
+    from crucible_kitchen.types import SessionSpec
+
     ware = _Kitchenware(home, given)
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crucible-sample-")))
