@@ -22,10 +22,8 @@ __all__ = [
     "Example",
     "Rendered",
     "TokenizedDataset",
-    "batches",
     "epoch_order",
     "eval_example",
-    "eval_prompt",
     "read_row",
     "render",
     "tokenize",
@@ -189,21 +187,17 @@ def _fitted(
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def eval_prompt(row: Row, tokenizer: Tokenizer, config: DataConfig, *, index: int = 0) -> tuple[list[int], str]:
-    """Return what the model is asked and what it should answer: prompt tokens, and the reference as text.
+def eval_example(
+    row: Row, tokenizer: Tokenizer, config: DataConfig, *, index: int = 0, key: str = "", labels: Sequence[str] = ()
+) -> EvalExample:
+    """Return a row as an evaluator's example: what the model is asked, and what it should answer.
 
-    A conversation is asked for its last assistant message; what follows that is left out.
+    A conversation is asked for its last assistant message; what follows that is left out. The row's own labels win
+    over ``labels``.
 
     Raises:
         RowError: the row asks nothing.
     """
-    return _question(read_row(row, config.fields, index), tokenizer, config)
-
-
-def eval_example(
-    row: Row, tokenizer: Tokenizer, config: DataConfig, *, index: int = 0, key: str = "", labels: Sequence[str] = ()
-) -> EvalExample:
-    """Return a row as an evaluator's example; the row's own labels win over ``labels``."""
     example = read_row(row, config.fields, index)
     prompt, reference = _question(example, tokenizer, config)
     return EvalExample(key or f"{config.split}/{index}", tuple(prompt), reference, example.labels or tuple(labels))
@@ -338,8 +332,3 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> IntArray
         return np.arange(n, dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(n).astype(np.int64)
-
-
-def batches(n: int, batch_size: int) -> list[range]:
-    """Return the places of each batch in an epoch's order; the last may be smaller and is there."""
-    return [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]

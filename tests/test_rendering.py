@@ -12,14 +12,13 @@ from crucible_kitchen.config import DataConfig
 from crucible_kitchen.errors import ConfigError, DataError, RowError, SequenceTooLong
 from crucible_kitchen.rendering import (
     TokenizedDataset,
-    batches,
     epoch_order,
     eval_example,
-    eval_prompt,
     render,
     tokenize,
 )
 from crucible_kitchen.rows import read_row
+from crucible_kitchen.stages.data import EpochBatches
 from crucible_kitchen.types import Message
 
 CHATML = (
@@ -37,6 +36,12 @@ FORGETFUL = (  # like reasoning models' templates: only the last assistant messa
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|bos|>", "<|start|>", "<|end|>", "<think>")
+
+
+def eval_prompt(row, tokenizer, settings, *, index=0):
+    """What the model is asked, and what it should answer."""
+    example = eval_example(row, tokenizer, settings, index=index)
+    return list(example.prompt), example.reference
 
 
 class Characters:
@@ -432,6 +437,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
 
 @given(n=st.integers(0, 100), size=st.integers(1, 20))
 def test_batches_cover_everything_and_only_the_last_is_smaller(n, size):
-    parts = batches(n, size)
+    steps = -(-n // size)
+    parts = [batch.rows for batch in EpochBatches(0, np.arange(n), size, steps)]
     assert [i for part in parts for i in part] == list(range(n))
     assert all(len(part) == size for part in parts[:-1])

@@ -111,11 +111,6 @@ class HuggingFaceModel:
         )
         return out.logits[:, -1], out.past_key_values
 
-    def select(self, cache: Any, rows: Tensor) -> Any:
-        """See ``CausalModel``."""
-        cache.batch_select_indices(rows)
-        return cache
-
     def export(self, directory: Path) -> ExportedModel:
         """Write adapters (``peft``) or the whole model (``transformers``), and the tokenizer."""
         with storage_errors("the exported model"):

@@ -81,10 +81,6 @@ class CausalModel(Protocol):
         """
         ...
 
-    def select(self, cache: Any, rows: Tensor) -> Any:
-        """Return the cache of these rows, in this order; a row may be named more than once."""
-        ...
-
     def export(self, directory: Path) -> ExportedModel:
         """Write the model with what was trained."""
         ...

@@ -57,10 +57,6 @@ class TinyCache:
         self._layers[layer] = (k, v)
         return k, v
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be named more than once."""
-        self._layers = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self._layers]
-
 
 class RMSNorm(nn.Module):
     """Root-mean-square layer norm (Zhang & Sennrich 2019)."""

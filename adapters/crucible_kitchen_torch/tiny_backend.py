@@ -66,11 +66,6 @@ class TinyBackend:
         hidden = self._model(tokens, positions=positions, mask=look, cache=cache)
         return self._model.lm_head(hidden[:, -1]), cache
 
-    def select(self, cache: Any, rows: Tensor) -> Any:
-        """See ``CausalModel``."""
-        cache.select(rows)
-        return cache
-
     def export(self, directory: Path) -> ExportedModel:
         """Write config and weights, adapters merged; ``model=DIRECTORY`` reads them again."""
         from safetensors.torch import save_file
