@@ -30,7 +30,7 @@ from _table import machine, print_table
 from crucible_kitchen.errors import MissingExtra
 from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
-from crucible_kitchen_torch.accumulate import plan
+from crucible_kitchen_torch.microbatches import plan_padded
 
 Contender = Callable[[], Awaitable[None]]
 Line = tuple[str, str, str, str, str]
@@ -105,7 +105,7 @@ def plain(model: Any, head: Callable[[Any], Any], data: Sequence[Datum], budget:
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE.learning_rate, fused=True)
     batches = []
-    for batch in plan([len(d) for d in data], 1, budget):
+    for batch in plan_padded([len(d) for d in data], 1, budget):
         width = max(len(data[i]) for i in batch)
         tokens, targets = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
         for row, i in enumerate(batch):

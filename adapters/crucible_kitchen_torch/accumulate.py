@@ -14,46 +14,10 @@ from torch import Tensor
 from crucible_kitchen.errors import BackendUserError, TrainingError
 from crucible_kitchen.types import Array, Datum, Float64Array, Loss, LossValue
 from crucible_kitchen_torch.logprobs import token_logprobs
+from crucible_kitchen_torch.microbatches import plan, plan_padded
 from crucible_kitchen_torch.models import CausalModel
 
-__all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics", "plan"]
-
-
-BATCH_COST = 64
-"""What a micro-batch costs beside its positions, in positions: many small operations, measured on small models."""
-
-
-def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
-    """Split datums into micro-batches of the least cost: positions, padding counted, and ``BATCH_COST`` for each.
-
-    Groups of like length come together, the longest first, so that a lack of memory shows at once; where one
-    micro-batch ends and the next begins is found by dynamic programming. A group is never separated; one that exceeds
-    the budget alone is a micro-batch of its own.
-
-    Args:
-        lengths: T of each datum.
-        group: how many consecutive datums belong together.
-        budget: most positions of a micro-batch, padding counted.
-
-    Returns:
-        Indices of the datums of each micro-batch; groups stay whole and in order within themselves.
-    """
-    longest = [max(lengths[i : i + group]) for i in range(0, len(lengths), group)]
-    order = sorted(range(len(longest)), key=lambda g: -longest[g])
-    least = [0.0, *[math.inf] * len(order)]  # cost of the first groups
-    begin = [0] * (len(order) + 1)  # where the micro-batch that ends there begins
-    for i, g in enumerate(order):
-        wide = longest[g] * group
-        base = least[i] + BATCH_COST
-        for n in range(1, min(max(1, budget // wide), len(order) - i) + 1):
-            if base + n * wide < least[i + n]:
-                least[i + n], begin[i + n] = base + n * wide, i
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        chosen, end = order[begin[end] : end], begin[end]
-        batches.append([i for g in chosen for i in range(g * group, (g + 1) * group)])
-    return batches[::-1]
+__all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics"]
 
 
 def check_datums(datums: Sequence[Datum], needed: Sequence[str], vocab_size: int, context: int) -> None:
@@ -164,7 +128,8 @@ class Pass:
         if len(self.datums) % self.group:
             raise BackendUserError(f"the loss takes groups of {self.group} datums, got {len(self.datums)}")
         if self.batches is None:
-            self.batches = plan([len(d) for d in self.datums], self.group, self.budget)
+            split = plan_padded if self.model.pads else plan
+            self.batches = split([len(d) for d in self.datums], self.group, self.budget)
 
     @property
     def group(self) -> int:
@@ -190,12 +155,16 @@ class Pass:
         if not sum(counts):
             return
         device = next(self.model.module.parameters()).device
-        rows = np.repeat(np.arange(len(batch)), counts)
-        hidden = self.model.hidden(self._tokens(batch).to(device))
-        at = (torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(chosen)).to(device))
+        lengths = [len(self.datums[i]) for i in batch]
+        tokens = np.concatenate([self.datums[i].inputs["tokens"] for i in batch]).astype(np.int64, copy=False)
+        hidden = self.model.hidden(torch.from_numpy(tokens).to(device), lengths)
+        if sum(counts) < len(tokens):
+            starts = np.cumsum([0, *lengths[:-1]])
+            at = np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)])
+            hidden = hidden[torch.from_numpy(at).to(device)]
         wanted = [self.datums[i].loss_inputs["target_tokens"][c] for i, c in zip(batch, chosen, strict=True)]
         targets = torch.from_numpy(np.concatenate(wanted).astype(np.int64)).to(device)
-        out = token_logprobs(hidden[at], self.model.head, targets, self.model.facts.vocab_size)
+        out = token_logprobs(hidden, self.model.head, targets, self.model.facts.vocab_size)
         found = np.split(out.detach().double().cpu().numpy(), np.cumsum(counts)[:-1])
         for i, c, values in zip(batch, chosen, found, strict=True):
             self.logprobs[i][c] = values
@@ -209,13 +178,6 @@ class Pass:
         if isinstance(self.loss, str):
             return np.flatnonzero(datum.loss_inputs["weights"])
         return np.arange(len(datum))
-
-    def _tokens(self, batch: list[int]) -> Tensor:
-        """Return int64 [B, T] padded on the right, where causal attention never looks."""
-        tokens = np.zeros((len(batch), max(len(self.datums[i]) for i in batch)), dtype=np.int64)
-        for row, i in enumerate(batch):
-            tokens[row, : len(self.datums[i])] = self.datums[i].inputs["tokens"]
-        return torch.from_numpy(tokens)
 
     def _slopes(self, batch: list[int], chosen: list[Array], found: list[Float64Array]) -> list[Float64Array]:
         """Evaluate the loss; return d loss / d logprobs of each datum's chosen positions."""

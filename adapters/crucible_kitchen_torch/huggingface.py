@@ -6,7 +6,7 @@ protocol it fulfils.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,16 @@ from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import check_targets
 from crucible_kitchen_torch.models import ModelFacts, Placement
 from crucible_kitchen_torch.tokenizers import HFTokenizer
+from crucible_kitchen_torch.unpadded import padded, positions, unpadded
+from crucible_kitchen_torch.unpadded_hf import separated, use_unpadded
 
 __all__ = ["HuggingFaceModel"]
 
 _log = logging.getLogger(__name__)
+
+_PROBE_TOLERANCE = (
+    1e-2  # what another arithmetic may do, half precision included; a row that sees another does far more
+)
 
 
 class HuggingFaceModel:
@@ -50,6 +56,7 @@ class HuggingFaceModel:
         self.facts = _facts(causal, tokenizer)
         self._decoder = causal.get_decoder()
         self._split = self._can_split()
+        self.pads = self._must_pad()
         self._base: Loaded | None = None  # kept alive for the sessions that share it
 
     @classmethod
@@ -89,11 +96,37 @@ class HuggingFaceModel:
             )
         return same
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _must_pad(self) -> bool:
+        """Whether rows without padding between them are not computed as they are alone; then padding is used."""
+        lengths = [5, 3, 3, 1]
+        probe = torch.arange(1, 1 + sum(lengths), device=self._causal.device) % self.facts.vocab_size
+        if use_unpadded(self._causal):
+            alone = torch.cat([self._states(row[None])[0] for row in torch.split(probe, lengths)])
+            scale = max(1.0, float(alone.abs().max()))
+            try:
+                if float((self._in_rows(probe, lengths) - alone).abs().max()) <= _PROBE_TOLERANCE * scale:
+                    return False
+            except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+                pass  # its layers read the mask, which ours is not
+            self._causal.set_attn_implementation("sdpa")
+        _log.info("%s takes no attention function: its rows are padded", self.facts.architecture)
+        return True
+
+    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """See ``CausalModel``; the scores themselves where the model cannot be split."""
+        if self.pads:
+            return unpadded(self._states(padded(tokens, lengths)), lengths)
+        return self._in_rows(tokens, lengths)
+
+    def _in_rows(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        with separated(lengths):
+            return self._states(tokens[None], position_ids=positions(lengths, tokens.device)[None])[0]
+
+    def _states(self, tokens: Tensor, **given: Tensor) -> Tensor:
         if self._split:
-            return self._decoder(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        return self._causal(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+            return self._decoder(input_ids=tokens, use_cache=False, **given).last_hidden_state  # type: ignore[no-any-return]
+        return self._causal(input_ids=tokens, use_cache=False, **given).logits  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """See ``CausalModel``."""

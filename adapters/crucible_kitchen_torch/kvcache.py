@@ -14,6 +14,7 @@ from torch import Tensor
 from crucible_kitchen.errors import CapabilityError
 from crucible_kitchen_torch.models import CausalModel
 from crucible_kitchen_torch.tiny import TinyModel
+from crucible_kitchen_torch.unpadded_hf import SDPA
 
 __all__ = ["Slots", "prompt_cache", "read_cache"]
 
@@ -182,7 +183,7 @@ class Slots:
 
     def _as_taken(self, mask: Tensor) -> Tensor:
         """Return a mask as the model's attention takes it: booleans, or numbers to add."""
-        if getattr(self._config, "_attn_implementation", "sdpa") == "sdpa":
+        if getattr(self._config, "_attn_implementation", "sdpa") in SDPA:
             return mask
         dtype = next(self._model.module.parameters()).dtype
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -222,7 +223,8 @@ class Slots:
             probe.put([row], read_cache(cache), 0, len(ids) - 1)
         found = probe.step(torch.tensor([ids[-1] for ids in rows]), torch.tensor([len(ids) - 1 for ids in rows]))
         wanted = [
-            self._model.head(self._model.hidden(torch.tensor([ids], device=self._device))[:, -1])[0] for ids in rows
+            self._model.head(self._model.hidden(torch.tensor(ids, device=self._device), [len(ids)])[-1:])[0]
+            for ids in rows
         ]
         gap = max(
             float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in zip(found, wanted, strict=True)

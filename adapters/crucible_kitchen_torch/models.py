@@ -4,6 +4,7 @@ Knows neither training nor sampling. Read next: ``tiny_backend.py`` and ``huggin
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +44,8 @@ class ModelFacts:
 class CausalModel(Protocol):
     """A language model as the executor uses it; used in one thread only.
 
-    Letters: B rows, T positions of a call, S positions seen so far, M chosen positions, D width, V vocabulary.
+    Letters: B rows, T positions of a call, S positions seen so far, N positions of several rows, M chosen positions,
+    D width, V vocabulary.
     """
 
     module: nn.Module
@@ -59,8 +61,16 @@ class CausalModel(Protocol):
         """The model's tokenizer."""
         ...
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Map int64 [B, T], padded on the right, to what ``head`` takes, [B, T, D]."""
+    pads: bool
+    """Whether ``hidden`` has to pad rows to one length."""
+
+    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Map rows that stand one after another, int64 [N], to what ``head`` takes, [N, D].
+
+        Args:
+            tokens: the rows.
+            lengths: T of each, N in all. No row sees another, and positions begin at 0 in each.
+        """
         ...
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -1,19 +1,24 @@
 """The built-in model ``tiny``: a small Llama-shaped transformer of our own, about 0.6 M parameters.
 
-It knows torch and nothing else: no tokenizer, no training, no file. Read next: ``tiny_backend.py``.
+It knows torch and ``unpadded.py``: no tokenizer, no training, no file. Read next: ``tiny_backend.py``.
 
 Shapes: B rows, T positions of this call, S positions in the cache (T included), H heads, D width, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crucible_kitchen_torch.unpadded import Run, attend_by_run
+
 __all__ = ["TinyCache", "TinyConfig", "TinyModel"]
+
+Rows: TypeAlias = Sequence[Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +93,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: TinyCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], look: Tensor | Rows | None, cache: TinyCache | None, layer: int
     ) -> Tensor:
-        """Attend from [B, T, D] to itself (``mask`` None: causal) or to the cache under a boolean mask [B, 1, T, S]."""
+        """Attend from [B, T, D] to itself (``look`` None: causal; runs: each row of them causal) or to the cache.
+
+        To the cache it attends under a boolean mask [B, 1, T, S].
+        """
         rows, length, width = x.shape
         q, k, v = (
             p(x).view(rows, length, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
@@ -98,8 +106,15 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(rows, length, width))  # type: ignore[no-any-return]
+        if isinstance(look, Sequence):
+            y = attend_by_run(_causal, q, k, v, look)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=look, is_causal=look is None).transpose(1, 2)
+        return self.o_proj(y.reshape(rows, length, width))  # type: ignore[no-any-return]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, _: int) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -127,10 +142,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: TinyCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], look: Tensor | Rows | None, cache: TinyCache | None, layer: int
     ) -> Tensor:
         """Map [B, T, D] to [B, T, D]."""
-        x = x + self.attention(self.input_norm(x), rope, mask, cache, layer)
+        x = x + self.attention(self.input_norm(x), rope, look, cache, layer)
         return x + self.mlp(self.post_norm(x))  # type: ignore[no-any-return]
 
 
@@ -174,14 +189,16 @@ class TinyModel(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        rows: Rows | None = None,
         cache: TinyCache | None = None,
     ) -> Tensor:
         """Return final hidden states.
 
         Args:
             tokens: int64 [B, T].
-            positions: int64 [B, T]; None counts from 0.
+            positions: int64 [B, T], or [T] of every row; None counts from 0.
             mask: boolean [B, 1, T, S], True where attention may look; None is causal without a cache.
+            rows: what stands one after another in the only row, in place of a mask.
             cache: what came before; this call's keys and values are appended.
 
         Returns:
@@ -192,5 +209,5 @@ class TinyModel(nn.Module):
         rope = self.rope(positions)
         x = self.embed(tokens)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = block(x, rope, mask if rows is None else rows, cache, layer)
         return self.norm(x)  # type: ignore[no-any-return]

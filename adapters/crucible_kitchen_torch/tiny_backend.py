@@ -4,6 +4,7 @@ Knows ``tiny.py`` and its files, not training. Read next: ``models.py``, the pro
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from crucible_kitchen_torch.lora import add_lora, merge_lora
 from crucible_kitchen_torch.models import TINY_TYPE, ModelFacts, Placement
 from crucible_kitchen_torch.tiny import TinyCache, TinyConfig, TinyModel
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
+from crucible_kitchen_torch.unpadded import positions, runs
 
 __all__ = ["TinyBackend"]
 
@@ -25,6 +27,7 @@ class TinyBackend:
     """``CausalModel`` of a ``TinyModel``."""
 
     module: Module
+    pads = False
 
     def __init__(self, model: TinyModel, *, from_seed: bool) -> None:
         self._model = model
@@ -45,9 +48,10 @@ class TinyBackend:
             add_lora(model, spec.lora)
         return cls(model, from_seed=path is None)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """See ``CausalModel``."""
-        return self._model(tokens)  # type: ignore[no-any-return]
+        at = positions(lengths, tokens.device)
+        return self._model(tokens[None], positions=at, rows=runs(lengths))[0]  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """See ``CausalModel``."""

@@ -169,13 +169,17 @@ class Trainer:
     def _halve(self, work: Pass) -> bool:
         """Halve the micro-batches if that was not done before and helps."""
         batches = work.batches or ()
-        most = max(len(b) * max(len(work.datums[i]) for i in b) for b in batches)
+        most = max(self._positions(work, b) for b in batches)
         if self._halved or all(len(b) == work.group for b in batches):
             return False
         self._halved = True
         self.budget = max(1, min(self.budget, most) // 2)
         _log.warning("not enough memory: micro-batches are halved, to %d positions", self.budget)
         return True
+
+    def _positions(self, work: Pass, batch: list[int]) -> int:
+        lengths = [len(work.datums[i]) for i in batch]
+        return len(lengths) * max(lengths) if self.model.pads else sum(lengths)
 
     def _taken(self) -> list[Tensor]:
         """Return the gradient that autograd left and leave none."""

@@ -87,6 +87,7 @@ def reference(directory):
 
 def test_a_family_is_scored_as_transformers_does_trained_restored_and_exported(tmp_path, family):
     trainer = opened(tmp_path, family)
+    assert not trainer.model.pads
     np.testing.assert_allclose(look(trainer), reference(family), rtol=0, atol=1e-5)
     assert train(trainer).metrics["invariance_difference"] <= 1e-5
     after, state = look(trainer), trainer.save("one")
@@ -100,6 +101,20 @@ def test_a_family_is_scored_as_transformers_does_trained_restored_and_exported(t
     directory.mkdir()
     trainer.export(str(directory))
     np.testing.assert_allclose(look(trainer), reference(directory), rtol=0, atol=1e-5)
+
+
+def test_a_family_that_takes_no_attention_function_is_padded(tmp_path, llama, monkeypatch):
+    grads = []
+    for pads in (False, True):
+        if pads:
+            monkeypatch.setattr("crucible_kitchen_torch.huggingface.use_unpadded", lambda _: False)
+        trainer = opened(tmp_path, llama)
+        assert trainer.model.pads is pads
+        total = Accumulation()
+        list(trainer.gradient(DATUMS, "cross_entropy", total, None))
+        grads.append(torch.cat([g.flatten() for g in total.total()]))
+        np.testing.assert_allclose(look(trainer), reference(llama), rtol=0, atol=1e-5)
+    assert float((grads[0] - grads[1]).norm() / grads[0].norm()) <= 1e-6
 
 
 def test_a_family_is_trained_with_adapters(tmp_path, family):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from crucible_kitchen.errors import BackendUserError, NonFiniteLoss, TrainingError
 from crucible_kitchen.types import AdamParams, Datum, LoraSpec, LossValue, SessionSpec
 from crucible_kitchen_torch import logprobs as logprobs_module
-from crucible_kitchen_torch.accumulate import Accumulation, plan
+from crucible_kitchen_torch.accumulate import Accumulation
 from crucible_kitchen_torch.logprobs import token_logprobs
+from crucible_kitchen_torch.microbatches import plan, plan_padded
 from crucible_kitchen_torch.options import TorchOptions
 from crucible_kitchen_torch.trainer import Trainer
 
@@ -80,7 +81,7 @@ def test_a_custom_loss_equals_autograd(tmp_path):
     (result,), g = gradient(t, datums, Square())
     total = torch.zeros((), dtype=torch.float64)
     for d in datums:
-        scores = t.model.head(t.model.hidden(torch.from_numpy(d.inputs["tokens"])[None]))[0].log_softmax(-1)
+        scores = t.model.head(t.model.hidden(torch.from_numpy(d.inputs["tokens"]), [len(d)])).log_softmax(-1)
         lp = scores.gather(1, torch.from_numpy(d.loss_inputs["target_tokens"])[:, None])[:, 0]
         total = total + (torch.from_numpy(d.loss_inputs["weights"]).double() * lp**2).sum()
     expected = torch.autograd.grad(total, list(t.model.module.parameters()))
@@ -140,15 +141,17 @@ def test_dropout_repeats_with_the_seed_and_leaves_forward_alone(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.sampled_from([1, 2, 3]), st.integers(1, 120))
-def test_a_plan_holds_every_datum_once_in_whole_groups_within_the_budget(lengths, group, budget):
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_plan_holds_every_datum_once_in_whole_groups_within_the_budget(pads, lengths, group, budget):
     lengths = lengths[: len(lengths) // group * group]
-    batches = plan(lengths, group, budget)
+    batches = (plan_padded if pads else plan)(lengths, group, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         starts = batch[::group]
         assert batch == [s + k for s in starts for k in range(group)]
         assert all(s % group == 0 for s in starts)
-        assert len(batch) == group or len(batch) * max(lengths[i] for i in batch) <= budget
+        taken = [lengths[i] for i in batch]
+        assert len(batch) == group or (len(batch) * max(taken) if pads else sum(taken)) <= budget
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

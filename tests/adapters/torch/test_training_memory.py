@@ -85,10 +85,10 @@ class Narrow:
     def __getattr__(self, name):
         return getattr(self._inner, name)
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, lengths):
         if tokens.numel() > self._most:
             raise torch.OutOfMemoryError("out of memory")
-        return self._inner.hidden(tokens)
+        return self._inner.hidden(tokens, lengths)
 
 
 def narrow(tmp_path, most):
@@ -113,7 +113,7 @@ def test_a_lack_of_memory_halves_the_micro_batches_once_and_says_so(tmp_path):
 
 
 def test_a_lack_of_memory_that_halving_does_not_help_is_an_error_and_leaves_the_session_usable(tmp_path):
-    trainer = narrow(tmp_path, 8)
+    trainer = narrow(tmp_path, 7)
     for _ in range(2):
         with pytest.raises(OutOfMemory) as error, torch_errors():
             call(trainer)
