@@ -32,6 +32,11 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── StageFailed                      stage.failed
     │   ├── StageTimeout (TimeoutError)      stage.timeout
     │   └── CleanupError                     stage.cleanup
+    ├── ActorError                           actor
+    │   ├── ActorStopped                     actor.stopped
+    │   ├── ActorRestarted                   actor.restarted    (may be retried)
+    │   ├── MessageQuarantined               actor.quarantined
+    │   └── TooManyRestarts                  actor.too_many_restarts
     ├── StoreError                           store
     │   ├── StorageFull (OSError)            store.full
     │   ├── IntegrityError                   store.integrity
@@ -46,6 +51,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 __all__ = [
+    "ActorError",
+    "ActorRestarted",
+    "ActorStopped",
     "AdapterError",
     "BackendError",
     "BackendUserError",
@@ -60,6 +68,7 @@ __all__ = [
     "DatasetNotFound",
     "EmptyDataset",
     "IntegrityError",
+    "MessageQuarantined",
     "MissingExtra",
     "ModelNotFound",
     "NonFiniteLoss",
@@ -75,6 +84,7 @@ __all__ = [
     "StageTimeout",
     "StorageFull",
     "StoreError",
+    "TooManyRestarts",
     "TrainingError",
     "TransientBackendError",
     "VersionNotFound",
@@ -322,6 +332,37 @@ class CleanupError(StageError):
     """Raised when a resource could not be closed, or not within the grace period."""
 
     code = "stage.cleanup"
+
+
+class ActorError(CrucibleError):
+    """Raised when an actor failed."""
+
+    code = "actor"
+
+
+class ActorStopped(ActorError):
+    """Raised when an actor that was asked or told something has stopped for good; the message was not handled whole."""
+
+    code = "actor.stopped"
+
+
+class ActorRestarted(ActorError):
+    """Raised when the incarnation that alone was to answer is gone; what it knew is gone with it."""
+
+    code = "actor.restarted"
+    retryable = True
+
+
+class MessageQuarantined(ActorError):
+    """Raised when a message killed the actor that handled it so often that it is not delivered again."""
+
+    code = "actor.quarantined"
+
+
+class TooManyRestarts(ActorError):
+    """Raised when a supervisor gave up: its children died more often in its window than it may restart them."""
+
+    code = "actor.too_many_restarts"
 
 
 class StoreError(CrucibleError):
