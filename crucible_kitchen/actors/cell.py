@@ -220,6 +220,7 @@ class Incarnation(Generic[M, R]):
         self.current: Envelope[M, R] | None = None
         self.since = cell.loop.time()
         self.halting = False
+        self._cut = False
         self._cell = cell
         self._inner = anyio.CancelScope()
         self._outer = anyio.CancelScope(shield=True)
@@ -250,6 +251,7 @@ class Incarnation(Generic[M, R]):
         with anyio.CancelScope(shield=True):
             if drain:
                 await self._wait(grace)
+            self._cut = True  # looked at between messages; asking the scope would cost each of them
             self._inner.cancel()
             await self._wait(grace)
             if not self._ended.is_set():
@@ -295,27 +297,29 @@ class Incarnation(Generic[M, R]):
 
     async def _serve(self, actor: Actor[M, R]) -> None:
         """Handle messages, one at a time, until the mailbox is closed and empty."""
-        cell = self._cell
-        mailbox, time, handle = cell.mailbox, cell.loop.time, actor.handle
-        while not self._inner.cancel_called:
+        cell, epoch = self._cell, self.epoch
+        mailbox, loop, handle = cell.mailbox, cell.loop, actor.handle
+        while not self._cut:
             envelope = mailbox.take()
             if envelope is None:
                 if mailbox.closed is not None:
                     return
-                self.since = time()
-                mailbox.arrived = arrived = cell.loop.signal()
+                self.since = loop.time()
+                mailbox.arrived = arrived = loop.signal()
                 await arrived
                 continue
-            if envelope.only is not None and envelope.only != self.epoch:
+            if envelope.only is not None and envelope.only != epoch:
                 mailbox.refuse(envelope, ActorRestarted(f"incarnation {envelope.only} of {cell.path} is gone"))
                 continue
-            self.current, self.since, envelope.epoch = envelope, time(), self.epoch
+            self.current, self.since, envelope.epoch = envelope, loop.time(), epoch
             reply = await handle(envelope.message)
-            if mailbox.answer(envelope, reply, self.epoch):
-                self.current = None
-                cell.handled += 1
-            else:
+            if envelope.epoch != epoch:  # it went on to another incarnation, because this one should have ended
                 cell.stale += 1
+                continue
+            self.current, envelope.reply = None, reply
+            cell.handled += 1
+            if envelope.settled is not None:
+                loop.set(envelope.settled)
 
     def _enter(self, phase: State) -> None:
         self.phase, self.since = phase, self._cell.loop.time()

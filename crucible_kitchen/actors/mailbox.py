@@ -96,7 +96,10 @@ class Mailbox(Generic[M, R]):
         if self._line or len(self._queue) >= self.capacity:
             self._line[envelope] = None
             return False
-        self._accept(envelope)
+        self._queue[envelope] = None
+        if (arrived := self.arrived) is not None:
+            self.arrived = None
+            self.loop.set(arrived)
         return True
 
     def take(self) -> Envelope[M, R] | None:
@@ -110,15 +113,6 @@ class Mailbox(Generic[M, R]):
         if self._line:
             self._admit()
         return envelope
-
-    def answer(self, envelope: Envelope[M, R], reply: R, epoch: int) -> bool:
-        """Give the sender the reply; return False if it comes from an incarnation that no longer has the message."""
-        if epoch != envelope.epoch:
-            return False
-        envelope.reply = reply
-        if envelope.settled is not None:
-            self.loop.set(envelope.settled)
-        return True
 
     def refuse(self, envelope: Envelope[M, R], error: ActorError) -> None:
         """Give the sender an error; an incarnation that still has the message answers in vain."""
@@ -157,13 +151,10 @@ class Mailbox(Generic[M, R]):
         if self.arrived is not None:
             self.loop.set(self.arrived)
 
-    def _accept(self, envelope: Envelope[M, R]) -> None:
-        self._queue[envelope] = None
-        if not envelope.expects_reply and envelope.settled is not None:
-            self.loop.set(envelope.settled)
-        if self.arrived is not None:
-            self.loop.set(self.arrived)
-
     def _admit(self) -> None:
+        """Take in whoever waits first; the actor does not wait meanwhile, or there would be no line."""
         while self._line and len(self._queue) < self.capacity:
-            self._accept(self._line.popitem(last=False)[0])
+            envelope, _ = self._line.popitem(last=False)
+            self._queue[envelope] = None
+            if not envelope.expects_reply and envelope.settled is not None:
+                self.loop.set(envelope.settled)
