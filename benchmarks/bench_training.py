@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from _table import machine, print_table
 from crucible_kitchen.errors import MissingExtra
 from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
+from crucible_kitchen_torch.memory import peak_memory
 from crucible_kitchen_torch.microbatches import plan_padded
 
 Contender = Callable[[], Awaitable[None]]
@@ -288,6 +288,8 @@ async def against_peft(args: argparse.Namespace, stack: AsyncExitStack, model: P
 
 async def memory(args: argparse.Namespace) -> None:
     """Print this process's peak of memory after one step on a vocabulary of 49,152, in MB."""
+    import torch
+
     data = even(8, 255, 49_152)
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -296,7 +298,8 @@ async def memory(args: argparse.Namespace) -> None:
             await trl(model, data, directory, packing=False)()
         elif args.memory == "ours":
             await ours(await opened(stack, str(model), None, args.threads), data, 8)()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    # Not what getrusage counts, which a process inherits from its parent.
+    print(json.dumps(peak_memory(torch.device("cpu"))["peak_memory_bytes"] / 2**20))
 
 
 def peaks(args: argparse.Namespace) -> list[Line]:

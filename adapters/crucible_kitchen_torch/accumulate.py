@@ -5,6 +5,7 @@ Knows models and losses, not optimizers or sessions. Read next: ``logprobs.py`` 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from crucible_kitchen.types import Array, Datum, Float64Array, Loss, LossValue
 from crucible_kitchen_torch.logprobs import token_logprobs
 from crucible_kitchen_torch.microbatches import plan, plan_padded
 from crucible_kitchen_torch.models import CausalModel
+from crucible_kitchen_torch.placement import Placement
 
 __all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics"]
 
@@ -112,6 +114,7 @@ class Pass:
         loss: ``cross_entropy``, a loss, or None for log-probabilities without gradient.
         budget: positions per micro-batch.
         batches: indices of the datums of each micro-batch; None plans them.
+        place: in which numbers; None computes in those of the weights.
     """
 
     model: CausalModel
@@ -119,6 +122,7 @@ class Pass:
     loss: str | Loss | None
     budget: int
     batches: Sequence[list[int]] | None = None
+    place: Placement | None = None
     logprobs: list[Array] = field(init=False)
     totals: list[float] = field(default_factory=list)
     metrics: list[Mapping[str, float]] = field(default_factory=list)
@@ -157,14 +161,15 @@ class Pass:
         device = next(self.model.module.parameters()).device
         lengths = [len(self.datums[i]) for i in batch]
         tokens = np.concatenate([self.datums[i].inputs["tokens"] for i in batch]).astype(np.int64, copy=False)
-        hidden = self.model.hidden(torch.from_numpy(tokens).to(device), lengths)
-        if sum(counts) < len(tokens):
-            starts = np.cumsum([0, *lengths[:-1]])
-            at = np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)])
-            hidden = hidden[torch.from_numpy(at).to(device)]
         wanted = [self.datums[i].loss_inputs["target_tokens"][c] for i, c in zip(batch, chosen, strict=True)]
         targets = torch.from_numpy(np.concatenate(wanted).astype(np.int64)).to(device)
-        out = token_logprobs(hidden, self.model.head, targets, self.model.facts.vocab_size)
+        with self.place.numbers() if self.place else nullcontext():
+            hidden = self.model.hidden(torch.from_numpy(tokens).to(device), lengths)
+            if sum(counts) < len(tokens):
+                starts = np.cumsum([0, *lengths[:-1]])
+                at = np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)])
+                hidden = hidden[torch.from_numpy(at).to(device)]
+            out = token_logprobs(hidden, self.model.head, targets, self.model.facts.vocab_size)
         found = np.split(out.detach().double().cpu().numpy(), np.cumsum(counts)[:-1])
         for i, c, values in zip(batch, chosen, found, strict=True):
             self.logprobs[i][c] = values

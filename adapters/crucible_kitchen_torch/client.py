@@ -31,7 +31,9 @@ class TorchTrainingClient:
 
     Args:
         device: ``auto`` (a GPU if there is one), or a device of torch.
-        dtype: numbers of weights and computation. On CPUs without native bfloat16 float32 is by far the fastest.
+        dtype: numbers of computation: ``float32``, ``float64``, or ``bfloat16`` and ``float16`` for products only, with
+            weights, gradients and optimizer in float32. ``auto`` takes bfloat16 on a GPU that has it; on a CPU it tries
+            both once, in milliseconds, and logs which it took: without native bfloat16 float32 is by far the fastest.
         threads: cores for each operation; None leaves it to torch.
         tokens_per_microbatch: most positions, padding counted, of one forward and backward.
         deterministic: refuse operations whose result changes from run to run; needed for equal bits on a GPU.
@@ -49,7 +51,7 @@ class TorchTrainingClient:
         self,
         *,
         device: str = "auto",
-        dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32",
+        dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "float32",
         threads: int | None = None,
         tokens_per_microbatch: int = 1024,
         deterministic: bool = False,

@@ -155,7 +155,7 @@ class Decoding:
 
     def advance(self) -> list[tuple[Job, Sampled]]:
         """Do one turn: read a part of the waiting prompts, then one token for every row. Return what ended."""
-        with self._trainer.weights(self._snapshot), torch.inference_mode():
+        with self._trainer.weights(self._snapshot), torch.inference_mode(), self._trainer.place.numbers():
             self._drop_cancelled()
             if self._reading:
                 self._read(self._reading[0])
@@ -201,7 +201,7 @@ class Decoding:
             index = torch.tensor(rows)
             self._at[index] = len(ids)
             assert self._scores is not None
-            self._scores[index.to(self._device)] = group.scores[prompt]
+            self._scores[index.to(self._device)] = group.scores[prompt].to(self._scores.dtype)
 
     def _new_rows(self, jobs: list[Job]) -> list[int]:
         """Put jobs into rows: their own, or new ones behind all others."""

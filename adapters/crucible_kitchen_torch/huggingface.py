@@ -20,7 +20,8 @@ from crucible_kitchen.types import ExportedModel, LoraSpec, SessionSpec
 from crucible_kitchen_torch.bases import BaseModels, Loaded, fingerprint
 from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import check_targets
-from crucible_kitchen_torch.models import ModelFacts, Placement
+from crucible_kitchen_torch.models import ModelFacts
+from crucible_kitchen_torch.placement import Placement
 from crucible_kitchen_torch.tokenizers import HFTokenizer
 from crucible_kitchen_torch.unpadded import padded, positions, unpadded
 from crucible_kitchen_torch.unpadded_hf import separated, use_unpadded
@@ -193,7 +194,7 @@ def _load(model: str, path: Path | None, place: Placement) -> tuple[Any, Any]:
         options["local_files_only"] = True
     try:
         causal, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=place.dtype, output_loading_info=True, **options, **weights
+            source, dtype=place.weights, output_loading_info=True, **options, **weights
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (RuntimeError, MemoryError):

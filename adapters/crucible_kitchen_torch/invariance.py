@@ -11,10 +11,11 @@ from torch import Tensor
 
 from crucible_kitchen.errors import TrainingError
 
-__all__ = ["compare", "other_split"]
+__all__ = ["TOLERANCE", "compare", "other_split"]
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Largest difference that rounding may make, far above what it does make and far below any real fault."""
+"""By the numbers computed in: the largest difference that rounding may make, far above what it does make and far
+below any real fault."""
 
 FLOOR = 1e-2
 """A tensor with less than this share of the whole gradient's norm is compared with that share: the gradient of a key's
@@ -37,8 +38,14 @@ def other_split(batches: Sequence[list[int]], group: int) -> list[list[int]]:
     return halves
 
 
-def compare(names: Sequence[str], grads: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+def compare(names: Sequence[str], grads: Sequence[Tensor], others: Sequence[Tensor], tolerance: float) -> float:
     """Compare two gradients of one batch and return their largest difference, relative to each tensor's norm.
+
+    Args:
+        names: of the tensors.
+        grads: one gradient.
+        others: the other.
+        tolerance: the difference that rounding may make.
 
     Raises:
         TrainingError: it is more than rounding.
@@ -49,7 +56,6 @@ def compare(names: Sequence[str], grads: Sequence[Tensor], others: Sequence[Tens
     relative = apart / norms.maximum(FLOOR * whole).clamp_min(torch.finfo(torch.float64).tiny)
     worst = int(relative.argmax())
     difference = float(relative[worst])
-    tolerance = TOLERANCE[grads[0].dtype]
     if not difference <= tolerance:
         raise TrainingError(
             f"the gradient depends on how the batch is split: {names[worst]} differs by {difference:.1e} of its norm "

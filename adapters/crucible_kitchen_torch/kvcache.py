@@ -156,8 +156,8 @@ class Slots:
         count = len(k)
         all_k, all_v = self._pairs[layer]
         index = self._rows[:count]
-        all_k[index, :, self._at] = k[:, :, 0]
-        all_v[index, :, self._at] = v[:, :, 0]
+        all_k[index, :, self._at] = k[:, :, 0].to(all_k.dtype)  # autocast gives either
+        all_v[index, :, self._at] = v[:, :, 0].to(all_v.dtype)
         return all_k[:count, :, : self._width], all_v[:count, :, : self._width]
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

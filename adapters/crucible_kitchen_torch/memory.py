@@ -4,6 +4,8 @@ Knows the device and the operating system's counters, not what is computed. Read
 """
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"peak_memory_bytes": float(peak)}
+    with suppress(OSError, StopIteration):  # Linux: what `getrusage` counts there, a process inherits from its parent
+        with Path("/proc/self/status").open("rb") as lines:
+            return {"peak_memory_bytes": 1024.0 * int(next(x for x in lines if x.startswith(b"VmHWM:")).split()[1])}
     if sys.platform == "win32":
         return {}
     import resource

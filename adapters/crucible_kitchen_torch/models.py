@@ -9,25 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from crucible_kitchen.errors import ModelNotFound
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import ExportedModel, SessionSpec
 from crucible_kitchen_torch.bases import BaseModels
+from crucible_kitchen_torch.placement import Placement
 
-__all__ = ["CausalModel", "ModelFacts", "Placement", "open_model", "resolve"]
+__all__ = ["CausalModel", "ModelFacts", "open_model", "resolve"]
 
 TINY_TYPE = "crucible-tiny"
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a model lives and in which numbers it computes."""
-
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from crucible_kitchen.errors import ConfigError
 
 __all__ = ["DTYPES", "TorchOptions"]
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class TorchOptions:
     """See ``TorchTrainingClient``, whose keywords these are."""
 
     device: str
-    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"]
     threads: int | None
     tokens_per_microbatch: int
     deterministic: bool

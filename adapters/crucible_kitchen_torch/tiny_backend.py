@@ -15,7 +15,8 @@ from crucible_kitchen.errors import CapabilityError, IntegrityError
 from crucible_kitchen.types import ExportedModel, SessionSpec
 from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import add_lora, merge_lora
-from crucible_kitchen_torch.models import TINY_TYPE, ModelFacts, Placement
+from crucible_kitchen_torch.models import TINY_TYPE, ModelFacts
+from crucible_kitchen_torch.placement import Placement
 from crucible_kitchen_torch.tiny import TinyCache, TinyConfig, TinyModel
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
 from crucible_kitchen_torch.unpadded import positions, runs
@@ -43,7 +44,7 @@ class TinyBackend:
         if spec.chat_template is not None:
             raise CapabilityError("the built-in model has a chat rendering of its own", hint="leave out chat_template")
         model = TinyModel(TinyConfig()) if path is None else _read(path)
-        model = model.to(device=place.device, dtype=place.dtype)
+        model = model.to(device=place.device, dtype=place.weights)
         if spec.lora is not None:
             add_lora(model, spec.lora)
         return cls(model, from_seed=path is None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from crucible_kitchen.errors import BackendUserError, ConfigError, NonFiniteLoss
+from crucible_kitchen.errors import BackendUserError, NonFiniteLoss
 from crucible_kitchen.types import (
     AdamParams,
     Array,
@@ -31,11 +31,12 @@ from crucible_kitchen.types import (
 from crucible_kitchen_torch.accumulate import Accumulation, Pass, check_datums, combine_metrics
 from crucible_kitchen_torch.bases import BaseModels
 from crucible_kitchen_torch.faults import is_out_of_memory
-from crucible_kitchen_torch.invariance import compare, other_split
+from crucible_kitchen_torch.invariance import TOLERANCE, compare, other_split
 from crucible_kitchen_torch.memory import peak_memory
-from crucible_kitchen_torch.models import Placement, open_model
+from crucible_kitchen_torch.models import open_model
 from crucible_kitchen_torch.optim import Adam
 from crucible_kitchen_torch.options import TorchOptions
+from crucible_kitchen_torch.placement import placement
 from crucible_kitchen_torch.randomness import SessionRng
 from crucible_kitchen_torch.states import read_state, write_state
 
@@ -83,15 +84,15 @@ class Trainer:
     def __init__(self, spec: SessionSpec, options: TorchOptions, bases: BaseModels | None = None) -> None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._place = placement(options)
+        self.place = placement(options)
         if options.deterministic:
             torch.use_deterministic_algorithms(mode=True)
-        self.reproducible = options.deterministic or self._place.device.type == "cpu"
+        self.reproducible = options.deterministic or self.place.device.type == "cpu"
         self._spec = spec
         self.budget = options.tokens_per_microbatch
-        self.rng = SessionRng(spec.seed, self._place.device)
+        self.rng = SessionRng(spec.seed, self.place.device)
         with self.rng.borrow():
-            self.model = open_model(spec, self._place, bases or BaseModels())
+            self.model = open_model(spec, self.place, bases or BaseModels())
         self._module = self.model.module.eval()
         self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
         self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
@@ -116,8 +117,8 @@ class Trainer:
             vocab_size=facts.vocab_size,
             hidden_size=facts.hidden_size,
             lora_rank=self._spec.lora.rank if self._spec.lora else 0,
-            device=str(self._place.device),
-            dtype=str(self._place.dtype).removeprefix("torch."),
+            device=str(self.place.device),
+            dtype=str(self.place.dtype).removeprefix("torch."),
         )
 
     def gradient(
@@ -155,7 +156,7 @@ class Trainer:
         The first lack of memory halves the micro-batches, for this call and all later ones.
         """
         while True:
-            work = Pass(self.model, datums, loss, self.budget, batches)
+            work = Pass(self.model, datums, loss, self.budget, batches, self.place)
             self._module.zero_grad(set_to_none=True)
             try:
                 yield from work.run() if batches else self._in_training_mode(work.run())
@@ -193,7 +194,7 @@ class Trainer:
         if self._verify == "on":
             return True
         small = sum(p.numel() for p in self._module.parameters()) < VERIFIED_PARAMETERS
-        return small and self._place.device.type == "cpu" and self._place.dtype == torch.float32
+        return small and self.place.device.type == "cpu" and self.place.dtype == torch.float32
 
     def _pass_gate(self, work: Pass, grads: list[Tensor]) -> Generator[None, None, None]:
         """Compute the gradient again with other micro-batches, and without dropout with the same ones, and compare.
@@ -207,14 +208,14 @@ class Trainer:
             yield from self._backward(work.datums, work.loss, batches)
             grads = self._taken()
         yield from self._backward(work.datums, work.loss, other_split(batches, work.group))
-        difference = compare(list(self._params), grads, self._taken())
+        difference = compare(list(self._params), grads, self._taken(), TOLERANCE[self.place.dtype])
         self._verify = "off"  # once in a session
         self._notes = {"invariance_check_s": time.perf_counter() - began, "invariance_difference": difference}
 
     def forward(self, datums: Sequence[Datum], at: Snapshot | None = None) -> Iterator[list[Array] | None]:
         """Compute target log-probabilities, one micro-batch per turn; the result comes last."""
         self._check(datums, ("target_tokens",))
-        work = Pass(self.model, datums, None, self.budget)
+        work = Pass(self.model, datums, None, self.budget, place=self.place)
         turns = work.run()
         more = True
         while more:
@@ -259,7 +260,7 @@ class Trainer:
         self._adam.apply(grads, norm, params)
         self.position += 1
         notes, self._notes = self._notes, {}
-        return OptimResult(self.position, norm, peak_memory(self._place.device) | notes)
+        return OptimResult(self.position, norm, peak_memory(self.place.device) | notes)
 
     def snapshot(self) -> Snapshot:
         """Return the weights as they are now, held once more."""
@@ -277,7 +278,7 @@ class Trainer:
 
     @contextmanager
     def weights(self, at: Snapshot | None) -> Iterator[None]:
-        """Compute with the weights of a snapshot inside the block, in place of the live ones."""
+        """Compute inside the block with the weights of a snapshot in place of the live ones, None for those."""
         if at is None or at.weights is None:
             yield
             return
@@ -336,22 +337,6 @@ class Trainer:
         if not path.is_dir() or any(path.iterdir()):
             raise BackendUserError("export needs a directory that exists and is empty", hint="make a new directory")
         return self.model.export(path)
-
-
-def placement(options: TorchOptions) -> Placement:
-    """Return where to compute.
-
-    Raises:
-        ConfigError: torch does not know the device, or it is not there.
-    """
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"the device {options.device!r} cannot be used here", hint="device=auto or cpu") from error
-    return Placement(device, getattr(torch, options.dtype))
 
 
 def _weight(datum: Datum) -> float:
