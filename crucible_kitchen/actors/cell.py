@@ -249,7 +249,7 @@ class Incarnation(Generic[M, R]):
         self.halting = True
         path, grace = self._cell.path, self._cell.spec.grace
         with anyio.CancelScope(shield=True):
-            if drain:
+            if drain and self.phase == "idle":  # what has not started yet will not handle anything
                 await self._wait(grace)
             self._cut = True  # looked at between messages; asking the scope would cost each of them
             self._inner.cancel()

@@ -127,9 +127,9 @@ class SupervisorSpec:
 
     Attributes:
         name: its name among its siblings, without a slash.
-        children: actors and supervisors below it; more can be started later.
-        strategy: ``one_for_one``: a child that died is restarted alone; all start at once. ``rest_for_one``: the
-            children that started after it are stopped and restarted with it; each is ready before the next begins.
+        children: actors and supervisors below it, each ready before the next begins; more can be started later.
+        strategy: ``one_for_one``: a child that died is restarted alone. ``rest_for_one``: those that started after it
+            are stopped and restarted with it, in order.
         restarts: how often and how fast.
         seed: what the jitter of the waits is drawn from, together with each child's path.
 

@@ -80,6 +80,7 @@ class Supervisor:
         self._deaths: deque[tuple[Child, Exception]] = deque()
         self._wake = tree.loop.event()
         self._scope: anyio.CancelScope | None = None
+        self._complete = False  # whether all children have been ready since it began
         self._ended = tree.loop.event()
 
     def _made(self, spec: Spec) -> Child:
@@ -178,6 +179,7 @@ class Supervisor:
         self.due = None
         self._window.clear()
         self._deaths.clear()
+        self._complete = False
         now = self.tree.loop.time()
         for child in self._children.values():
             child.due = now
@@ -247,8 +249,10 @@ class Supervisor:
                 child.begin()
             elif child.due is not None:
                 nearest = min(nearest, child.due)
-            if self.spec.strategy == "rest_for_one" and not child.ready:
+            if not child.ready and (self.spec.strategy == "rest_for_one" or not self._complete):
                 break
+        else:
+            self._complete = True
         return nearest
 
     async def _answer_deaths(self) -> TooManyRestarts | None:
