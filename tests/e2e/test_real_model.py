@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 
 # Invented words, so that no model knows them: which word means what can only be learned from the rows.
 GOODS = {"vexil": "steel", "tromb": "cotton", "quasp": "glass", "lumek": "paper"}
-ROWS_PER_WORD, HELD_OUT, SEED = 32, 64, 0
+ROWS_PER_WORD, HELD_OUT, SEED = 50, 64, 0
 ONE_THREAD = "--adapter=training_client=torch,threads=1"
 RECIPE = ("batch_size=8", "learning_rate=1e-3", "lora_rank=8", f"holdout={HELD_OUT}", f"seed={SEED}")
 
@@ -56,8 +56,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(command: Any, model_directory: Path, workplace: Path) -> Any:
-    """The run under test: sixteen steps of LoRA, measured before and after."""
-    given = ("epochs=2", "eval_at_start=true", "eval_max_tokens=4", "--jsonl=events.jsonl", "--json")
+    """The run under test: one epoch of LoRA over 136 of 200 rows, measured before and after."""
+    given = ("epochs=1", "eval_at_start=true", "eval_max_tokens=4", "--jsonl=events.jsonl", "--json")
     run = ("run", "supervised", f"model={model_directory}", "dataset=codes.jsonl", *RECIPE, ONE_THREAD, *given)
     ended = command(*run, home=workplace)
     assert ended.code == 0, ended.err
@@ -73,7 +73,7 @@ def losses(trained: Any, workplace: Path) -> list[float]:
 
 def test_it_learns_what_it_could_not_know(trained: Any, losses: list[float]) -> None:
     assert trained["status"] == "completed"
-    assert len(losses) == 16
+    assert len(losses) == 17
     assert losses[-1] < 0.1 * losses[0]
     before, after = trained["state"]["eval_before"], trained["state"]["eval_results"]
     assert before["n"] == after["n"] == HELD_OUT // 2
