@@ -53,7 +53,7 @@ def grpo(rewards: ArrayLike, *, std: StdConvention = "trl") -> Float64Array:
 
     ``A_i = (r_i - mean(r)) / (std(r) + eps)``; ``std`` names the implementation whose ddof and eps are meant
     (``STD_CONVENTIONS``). Problems that are nearly always or nearly never solved weigh more than under
-    :func:`centred` (Liu et al. 2025, "Understanding R1-Zero-Like Training", section 3.1).
+    :func:`centred` (Liu et al. 2025, "Understanding R1-Zero-Like Training").
 
     A group of equal rewards gives exactly 0; in float32 the others' means are off by one unit in the last place, which
     their eps turns into advantages of up to 60. For a group of one verl gives ``A = r`` and TRL 0; here it is refused.
@@ -83,7 +83,7 @@ def centred(rewards: ArrayLike) -> Float64Array:
 
 
 def dr_grpo(rewards: ArrayLike) -> Float64Array:
-    """Centre each group's rewards, without a standard deviation (Liu et al. 2025, eq. 3).
+    """Centre each group's rewards, without a standard deviation (Dr. GRPO, Liu et al. 2025).
 
     The same numbers as :func:`centred`. The method is this and the aggregation ``dr_grpo``
     (``crucible_kitchen.learner.policy.token_weights``), which divides by a constant length and not by each sequence's.
@@ -94,7 +94,7 @@ def dr_grpo(rewards: ArrayLike) -> Float64Array:
 def rloo(rewards: ArrayLike) -> Float64Array:
     """Subtract from each reward the mean of the others: ``A_i = r_i - sum_{j != i} r_j / (G - 1)``.
 
-    Kool et al. 2019, eq. 6; Ahmadian et al. 2024, eq. 9. Equals ``G / (G - 1)`` times :func:`centred`, an unbiased
+    Kool et al. 2019; Ahmadian et al. 2024. Equals ``G / (G - 1)`` times :func:`centred`, an unbiased
     baseline. Shapes and errors are those of :func:`grpo`; equal rewards give exactly 0. TRL's is the same where every
     reward is scorable.
     """
@@ -156,7 +156,7 @@ class Moments:
     m2: float = 0.0
 
     def update(self, values: ArrayLike) -> "Moments":
-        """Return the moments with more values in them (Chan et al. 1979, eq. 2.1).
+        """Return the moments with more values in them (Chan et al. 1979).
 
         Raises:
             ValueError: a value is not finite.
@@ -194,7 +194,7 @@ def normalize(
     """Normalise advantages by mean and variance: of nothing, of each group, of the batch, or of all seen so far.
 
     ``none`` copies. ``group`` and ``batch`` whiten over a group, or over all groups together (REINFORCE++, Hu 2025,
-    eq. 8, when the advantages were centred by group). ``running`` adds each group to the moments in the order given
+    when the advantages were centred by group). ``running`` adds each group to the moments in the order given
     and then uses them: its result for a group depends on earlier groups only, so groups may be trained as they arrive.
     Each position of a mask counts once: with one advantage per sequence, spread over tokens, long sequences weigh more.
 

@@ -133,7 +133,7 @@ def kl_shaped_rewards(
 
     This is estimator k1, whose place is the reward: as a loss its gradient is zero in expectation (see
     ``crucible_kitchen.learner.policy``). Used before :func:`gae` (Ouyang et al. 2022, eq. 2), or summed over a
-    sequence into its one reward (as RLOO does, Ahmadian et al. 2024, eq. 4). Holes keep their reward.
+    sequence into its one reward (as RLOO does, Ahmadian et al. 2024). Holes keep their reward.
 
     Args:
         rewards: [..., T].
