@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crucible_kitchen.actors import Actor, ChildSpec, Restarts, SupervisorSpec, supervise
 from crucible_kitchen.actors.spec import Window
-from crucible_kitchen.errors import CleanupError, TooManyRestarts
+from crucible_kitchen.errors import CleanupError, MessageQuarantined, TooManyRestarts
 from crucible_kitchen.testing.clock import virtual_clock
 
 pytestmark = pytest.mark.anyio
@@ -163,3 +163,18 @@ async def test_stopping_is_bounded_by_grace_for_each_part_of_it() -> None:
             await tree.ref(spec).tell(None)
             began = anyio.current_time()
     assert anyio.current_time() - began == pytest.approx(14)  # to drain, and to stop
+
+
+async def test_an_actor_that_died_has_its_grace_to_stop_before_the_next_one_follows() -> None:
+    class Slow(Mortal):
+        async def stop(self) -> None:
+            await anyio.sleep_forever()
+
+    spec = ChildSpec("a", Slow, grace=7)
+    restarts = Restarts(most=5, initial=0)
+    with pytest.raises(CleanupError):  # noqa: PT012 - raised as the block is left
+        async with supervise(SupervisorSpec("root", (spec,), restarts=restarts)) as tree:
+            began = anyio.current_time()
+            with pytest.raises(MessageQuarantined):
+                await tree.ref(spec).ask(None)
+            assert anyio.current_time() - began == pytest.approx(14)  # it died of the message twice

@@ -108,6 +108,19 @@ async def test_a_supervisor_that_gives_up_is_restarted_by_its_parent_with_all_it
         assert await b.ask(kit.pong, epoch=2) == "pong"
         await kill(a, kit.die)  # the restarted supervisor has a clean record
         assert await a.ask(kit.pong, epoch=4) == "pong"
+        assert await b.ask(kit.pong, epoch=2) == "pong"
+
+
+async def test_a_child_that_died_and_is_stopped_before_its_supervisor_knows_is_not_restarted(kit: Any) -> None:
+    diary = Diary()
+    specs = tuple(diary.spec(name) for name in "abc")
+    spec = SupervisorSpec("root", specs, strategy="rest_for_one", restarts=kit.EAGER)
+    async with kit.nothing_left(), supervise(spec) as tree:
+        await kill(tree.ref("b"), kit.die)
+        await tree.stop("b")
+        assert await tree.ref("c").ask(kit.pong) == "pong"
+        assert [s.path for s in tree.statistics()] == ["root/a", "root/c"]
+    assert diary.lines.count("+b") == diary.lines.count("-b")
 
 
 async def test_what_the_root_gives_up_with_is_raised_out_of_the_block_which_is_cancelled(kit: Any) -> None:
