@@ -120,6 +120,20 @@ def test_one_joined_array_gives_what_its_trajectories_give(first, second):
     np.testing.assert_allclose(whole, np.concatenate(parts), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [127, 128, 129, 1023, 1025, 8192, 20_001])
+def test_long_paths_equal_the_plain_recursion(length):
+    rng = np.random.default_rng(length)
+    r, v, bootstrap = rng.normal(size=(3, length))
+    terminated, truncated = (rng.random(length) < 0.01 for _ in range(2))
+    options = {"gamma": 0.99, "terminated": terminated, "truncated": truncated, "bootstrap": bootstrap}
+    following, last, expected = 0.0, 0.0, np.zeros(length)
+    for t in range(length - 1, -1, -1):
+        ended = terminated[t] or truncated[t] or t == length - 1
+        following = 0.0 if terminated[t] else bootstrap[t] if ended else v[t + 1]
+        expected[t] = last = r[t] + 0.99 * following - v[t] + (0.0 if ended else 0.99 * 0.95 * last)
+    np.testing.assert_allclose(gae(r, v, lam=0.95, **options).advantages, expected, rtol=0, atol=1e-12)
+
+
 def test_bad_input_is_refused_with_what_to_do():
     r, v, flags = np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 3), bool)
     good = {"gamma": 0.9, "lam": 0.9, "terminated": flags, "bootstrap": 0.0}
