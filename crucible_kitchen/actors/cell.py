@@ -14,7 +14,14 @@ from crucible_kitchen.actors.mailbox import Envelope, Mailbox
 from crucible_kitchen.actors.ref import current_path
 from crucible_kitchen.actors.spec import ChildSpec
 from crucible_kitchen.actors.statistics import ActorStatistics, Cause, Quarantined, State, Waiting
-from crucible_kitchen.errors import ActorError, ActorRestarted, ActorStopped, CleanupError, MessageQuarantined
+from crucible_kitchen.errors import (
+    ActorError,
+    ActorRestarted,
+    ActorStopped,
+    CleanupError,
+    CrucibleError,
+    MessageQuarantined,
+)
 
 if TYPE_CHECKING:
     from crucible_kitchen.actors.supervisor import Supervisor
@@ -27,7 +34,7 @@ R = TypeVar("R")
 
 def describe(error: BaseException) -> str:
     """Return what an error is in a few words; a foreign one's text stays in the error, because it may quote data."""
-    return str(error) if isinstance(error, ActorError) else type(error).__name__
+    return str(error) if isinstance(error, CrucibleError) else type(error).__name__
 
 
 class Cell(Generic[M, R]):

@@ -46,8 +46,10 @@ class Loop:
 
 
 def _set_future(future: asyncio.Future[None]) -> None:
-    if not future.done():  # a waiter that was cancelled has cancelled it
+    try:  # cheaper than to ask first, which counts here
         future.set_result(None)
+    except asyncio.InvalidStateError:  # a waiter that was cancelled has cancelled it
+        return
 
 
 class _TrioSignal:

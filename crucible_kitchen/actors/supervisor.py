@@ -80,6 +80,7 @@ class Supervisor:
         self._deaths: deque[tuple[Child, Exception]] = deque()
         self._wake = tree.loop.event()
         self._scope: anyio.CancelScope | None = None
+        self._stopped = False  # for good
         self._complete = False  # whether all children have been ready since it began
         self._ended = tree.loop.event()
 
@@ -102,7 +103,7 @@ class Supervisor:
             ConfigError: a child has this name already.
             ActorStopped: the tree is being stopped; or a temporary child died before it was ready.
         """
-        if self.tree.stopping or self.tree.failure is not None:
+        if self._stopped or self.tree.stopping or self.tree.failure is not None:
             raise ActorStopped(f"the supervisor {self.path} has stopped")
         if spec.name in self._children:
             raise ConfigError(f"supervisor {self.path!r} has a child named {spec.name!r} already")
@@ -189,7 +190,7 @@ class Supervisor:
 
     async def halt(self, *, final: bool, drain: bool) -> None:
         """Stop supervising, then all children, newest first, shielded."""
-        self.due = None
+        self.due, self._stopped = None, final
         with anyio.CancelScope(shield=True):
             if self._scope is not None:
                 self._scope.cancel()
