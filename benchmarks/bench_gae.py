@@ -194,7 +194,7 @@ def main() -> None:
     for name, (ends, _) in WAYS.items():
         times = [times[name] for times in found]
         rows.append([name, ends, *times, times[0] / found[0][SLIME]])
-    head = ["way", "ends inside rows", *(f"{b}x{t}, ns/step" for b, t in SHAPES), "of slime's, 64x512"]
+    head = ["way", "may end inside rows", *(f"{b}x{t}, ns/step" for b, t in SHAPES), "of slime's, 64x512"]
     print_table(f"Advantages by GAE ({machine()})", head, rows)
     worst = max(row[-1] for row in rows[:3])
     print(
