@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 import crucible_kitchen
-from crucible_kitchen import errors
+from crucible_kitchen import errors, learner
 from crucible_kitchen.cli.app import app
 from crucible_kitchen.errors import CrucibleError, MissingExtra, NonFiniteLoss, RowError, WorkflowError
 from crucible_kitchen.events import event_schema
@@ -27,6 +27,14 @@ PUBLIC_NAMES = """
     AdamParams CheckpointConfig CrucibleError DataConfig Datum EvalConfig Kitchen Loop LossValue ModelConfig
     ModelVersion OptimConfig Parallel Recipe Registry RegistryConfig Retry Run RunConfig RunHandle RunResult
     SamplingParams StepResult TrainingClient TrainingSession When Workflow check run stage __version__
+"""
+
+LEARNER_NAMES = """
+    APOZero AdvantageEstimate Aggregation BradleyTerry CISPO DPO DecoupledPPO GSPO GeneralizedJSD Hinge IPO
+    ImportanceSampling KTO Moments Normalization ORPO PPO RobustDPO STD_CONVENTIONS SimPO StdConvention TokenWeights
+    TopKForwardKL ValueLoss centred discounted_returns dr_grpo entropy_estimate explained_variance gae grpo k1 k2 k3
+    kl_shaped_advantages kl_shaped_rewards kto_reference_point maxrl normalize reverse_kl_advantages rloo
+    token_weights truncated_importance_weights whiten
 """
 
 PARAMETERS = {
@@ -164,6 +172,12 @@ SUPERVISED_STATE = {"eval_results", "registered_model"}
 def test_the_public_names_are_these() -> None:
     assert crucible_kitchen.__all__ == PUBLIC_NAMES.split()
     assert dir(crucible_kitchen) == sorted(PUBLIC_NAMES.split())
+
+
+def test_the_learner_s_names_are_these() -> None:
+    assert learner.__all__ == LEARNER_NAMES.split()
+    assert dir(learner) == learner.__all__
+    assert all(hasattr(learner, name) for name in learner.__all__)
 
 
 @pytest.mark.parametrize("called", PARAMETERS, ids=lambda called: called.__qualname__)
