@@ -4,8 +4,9 @@ The public names, resolved when they are first used, so that importing the packa
 ``crucible_kitchen.kitchen``, then ``crucible_kitchen.workflow.nodes``.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crucible_kitchen.lazy import lazily
 
 if TYPE_CHECKING:
     from crucible_kitchen.config import CheckpointConfig as CheckpointConfig
@@ -63,18 +64,9 @@ _HOMES = {
     "workflow.run": ("Run",),
     "workflow.stage": ("Retry", "stage"),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [*sorted(name for names in _HOMES.values() for name in names), "__version__"]  # noqa: PLE0604 - names are strings
 
-__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604 - names are strings
-
-
-def __getattr__(name: str) -> Any:
-    module = _HOME_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'crucible_kitchen' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"crucible_kitchen.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

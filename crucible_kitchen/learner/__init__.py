@@ -6,8 +6,9 @@ Names are resolved when they are first used.
 Read next: ``crucible_kitchen.learner.returns``.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from crucible_kitchen.lazy import lazily
 
 if TYPE_CHECKING:
     from crucible_kitchen.learner.advantages import STD_CONVENTIONS as STD_CONVENTIONS
@@ -86,18 +87,9 @@ _HOMES = {
     "returns": ("AdvantageEstimate", "discounted_returns", "gae", "kl_shaped_advantages", "kl_shaped_rewards"),
     "reward": ("BradleyTerry",),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - names are strings
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - names are strings
-
-
-def __getattr__(name: str) -> Any:
-    module = _HOME_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module 'crucible_kitchen.learner' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"crucible_kitchen.learner.{module}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

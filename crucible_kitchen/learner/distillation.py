@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crucible_kitchen.learner.numerics import log1mexp, log_softmax, loss_input
+from crucible_kitchen.learner.numerics import log1mexp, log_softmax, loss_input, spread, trained
 from crucible_kitchen.learner.returns import discounted_returns
 from crucible_kitchen.types import Array, Float64Array, LossValue
 
@@ -86,10 +86,9 @@ class TopKForwardKL:
             ValueError: an input is missing or of another shape.
         """
         now, inputs = np.asarray(logprobs[0], dtype=np.float64), loss_inputs[0]
-        weights = loss_input(self.name, inputs, "weights", len(now))
-        chosen = np.flatnonzero(weights)
-        w, s = weights[chosen, None], now[chosen]
-        t = _matrix(self.name, inputs, "teacher_logprobs", now.shape)[chosen]
+        chosen, weights = trained(self.name, inputs, len(now))
+        w, s = weights[:, None], now[chosen]
+        t = loss_input(self.name, inputs, "teacher_logprobs", now.shape)[chosen]
         p = np.exp(t)
         if self.rest == "renormalize":
             t = t - np.log(p.sum(axis=-1, keepdims=True))
@@ -99,10 +98,8 @@ class TopKForwardKL:
             left, left_s = (log1mexp(_log_sum(x)) for x in (t, s))
             kl = np.concatenate([kl, np.exp(left) * (left - left_s)], axis=-1)
             slope = slope + np.exp(left - left_s + s)
-        d_logprobs = np.zeros(now.shape)
-        d_logprobs[chosen] = w * slope
         metrics = {"tokens": float(len(chosen)), "kl": float(kl.sum())}
-        return LossValue(float((w * kl).sum()), [d_logprobs], metrics)
+        return LossValue(float((w * kl).sum()), [spread(w * slope, chosen, now.shape)], metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,14 +140,12 @@ class GeneralizedJSD:
             ValueError: an input is missing or of another shape.
         """
         now, inputs = np.asarray(logits[0], dtype=np.float64), loss_inputs[0]
-        weights = loss_input(self.name, inputs, "weights", len(now))
-        chosen = np.flatnonzero(weights)
-        w = weights[chosen, None]
-        teacher = _matrix(self.name, inputs, "teacher_logits", now.shape)[chosen]
+        chosen, weights = trained(self.name, inputs, len(now))
+        w = weights[:, None]
+        teacher = loss_input(self.name, inputs, "teacher_logits", now.shape)[chosen]
         s, t = (log_softmax(x / self.temperature) for x in (now[chosen], teacher))
         jsd, slope = self._divergence(s, t)
-        d_logits = np.zeros(now.shape)
-        d_logits[chosen] = w * slope / self.temperature
+        d_logits = spread(w * slope / self.temperature, chosen, now.shape)
         metrics = {"tokens": float(len(chosen)), "jsd": float(jsd.sum())}
         return LossValue(float((w * jsd).sum()), [d_logits], metrics)
 
@@ -179,12 +174,3 @@ def _partial_kl(p: Float64Array, log_p: Float64Array, log_q: Float64Array) -> Fl
 def _log_sum(x: Float64Array) -> Float64Array:
     """Return the logarithm of a sum of probabilities along the last axis, which is kept."""
     return np.logaddexp.reduce(x, axis=-1, keepdims=True)
-
-
-def _matrix(loss: str, inputs: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Float64Array:
-    if name not in inputs:
-        raise ValueError(f"the loss {loss!r} needs the input {name!r}; given: {', '.join(sorted(inputs))}")
-    found = np.asarray(inputs[name], dtype=np.float64)
-    if found.shape != shape:
-        raise ValueError(f"the loss {loss!r} needs {name!r} of shape {shape}, it is {found.shape}")
-    return found

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crucible_kitchen.types import Array, Float64Array
+from crucible_kitchen.types import Array, Float64Array, IntArray
 
-__all__ = ["log1mexp", "log_sigmoid", "log_softmax", "loss_input", "sigmoid"]
+__all__ = ["log1mexp", "log_sigmoid", "log_softmax", "loss_input", "sigmoid", "spread", "trained"]
 
 
 def sigmoid(x: float) -> float:
@@ -38,15 +38,34 @@ def log_softmax(logits: ArrayLike) -> Float64Array:
     return found
 
 
-def loss_input(loss: str, inputs: Mapping[str, Array], name: str, length: int) -> Float64Array:
-    """Return one input of a loss.
+def loss_input(loss: str, inputs: Mapping[str, Array], name: str, shape: int | tuple[int, ...]) -> Float64Array:
+    """Return one input of a loss: [T] for a number T, else of the shape given.
 
     Raises:
-        ValueError: it is not there, or not of the length of the log-probabilities.
+        ValueError: it is not there, or of another shape.
     """
     if name not in inputs:
         raise ValueError(f"the loss {loss!r} needs the input {name!r}; given: {', '.join(sorted(inputs))}")
     found = np.asarray(inputs[name], dtype=np.float64)
-    if found.shape != (length,):
-        raise ValueError(f"the loss {loss!r} needs {name!r} of {length} positions, its shape is {found.shape}")
+    if found.shape != (shape if isinstance(shape, tuple) else (shape,)):
+        wanted = f"shape {shape}" if isinstance(shape, tuple) else f"{shape} positions"
+        raise ValueError(f"the loss {loss!r} needs {name!r} of {wanted}, its shape is {found.shape}")
+    return found
+
+
+def trained(loss: str, inputs: Mapping[str, Array], length: int) -> tuple[IntArray, Float64Array]:
+    """Return the n positions whose weight is not zero, and their weights [n].
+
+    Raises:
+        ValueError: there are no weights, or not as many as positions.
+    """
+    weights = loss_input(loss, inputs, "weights", length)
+    places = np.flatnonzero(weights)
+    return places, weights[places]
+
+
+def spread(values: ArrayLike, places: IntArray, shape: tuple[int, ...]) -> Float64Array:
+    """Return zeros of a shape with the values at these positions of the first axis."""
+    found = np.zeros(shape)
+    found[places] = values
     return found

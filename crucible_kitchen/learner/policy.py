@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crucible_kitchen.learner.estimators import LOG_RATIO_LIMIT, Truncation, k2, k3, truncated_importance_weights
-from crucible_kitchen.learner.numerics import loss_input
+from crucible_kitchen.learner.numerics import loss_input, spread, trained
 from crucible_kitchen.types import Array, Float64Array, LossValue
 
 __all__ = ["CISPO", "GSPO", "PPO", "DecoupledPPO", "ImportanceSampling", "ValueLoss"]
@@ -90,14 +90,12 @@ class _PolicyLoss:
             ValueError: an input is missing or of another length.
         """
         now, inputs = np.asarray(logprobs[0], dtype=np.float64), loss_inputs[0]
-
-        weights = loss_input(self.name, inputs, "weights", len(now))
-        chosen = np.flatnonzero(weights)
+        chosen, weights = trained(self.name, inputs, len(now))
 
         def read(name: str) -> Float64Array:
             return loss_input(self.name, inputs, name, len(now))[chosen]
 
-        tokens = _Tokens(weights[chosen], now[chosen], read(self.centre), read("logprobs"), read("advantages"))
+        tokens = _Tokens(weights, now[chosen], read(self.centre), read("logprobs"), read("advantages"))
         found = self._surrogate(tokens)
         total, slopes, metrics = found.total, found.slopes, {**_metrics(tokens), **found.metrics}
         if self.kl_coef:
@@ -108,9 +106,7 @@ class _PolicyLoss:
         if self.entropy_coef:
             total += self.entropy_coef * float(tokens.weights @ np.square(tokens.now)) / 2
             slopes = slopes + self.entropy_coef * tokens.weights * tokens.now
-        d_logprobs = np.zeros(len(now))
-        d_logprobs[chosen] = slopes
-        return LossValue(total, [d_logprobs], {**metrics, "policy_loss": found.total})
+        return LossValue(total, [spread(slopes, chosen, now.shape)], {**metrics, "policy_loss": found.total})
 
     def _surrogate(self, tokens: _Tokens) -> _Surrogate:
         raise NotImplementedError
@@ -277,9 +273,8 @@ class ValueLoss:
             ValueError: an input is missing or of another length.
         """
         now, inputs = np.asarray(values[0], dtype=np.float64), loss_inputs[0]
-        weights = loss_input(self.name, inputs, "weights", len(now))
-        chosen = np.flatnonzero(weights)
-        w, v = weights[chosen], now[chosen]
+        chosen, w = trained(self.name, inputs, len(now))
+        v = now[chosen]
         error = v - loss_input(self.name, inputs, "returns", len(now))[chosen]
         squares, slopes = np.square(error), w * error
         metrics = {"value_tokens": float(len(chosen))}
@@ -290,9 +285,7 @@ class ValueLoss:
             squares, slopes = np.maximum(squares, kept), np.where(clipped, 0.0, slopes)
             metrics["value_clipped"] = float(clipped.sum())
         total = float(w @ squares) / 2
-        d_values = np.zeros(len(now))
-        d_values[chosen] = slopes
-        return LossValue(total, [d_values], {**metrics, "value_loss": total})
+        return LossValue(total, [spread(slopes, chosen, now.shape)], {**metrics, "value_loss": total})
 
 
 def _penalty(now: Float64Array, reference: Float64Array, estimator: str) -> tuple[Float64Array, Float64Array]:

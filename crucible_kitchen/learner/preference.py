@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crucible_kitchen.learner.numerics import log1mexp, log_sigmoid, loss_input, sigmoid
+from crucible_kitchen.learner.numerics import log1mexp, log_sigmoid, loss_input, sigmoid, spread, trained
 from crucible_kitchen.types import Array, Float64Array, LossValue
 
 __all__ = ["DPO", "IPO", "KTO", "ORPO", "APOZero", "Hinge", "RobustDPO", "SimPO", "kto_reference_point"]
@@ -39,7 +39,7 @@ class _Answer(NamedTuple):
     @classmethod
     def of(cls, loss: str, logprobs: Array, inputs: Mapping[str, Array], *, reference: bool, mean: bool) -> "_Answer":
         now = np.asarray(logprobs, dtype=np.float64)
-        places = np.flatnonzero(loss_input(loss, inputs, "weights", len(now)))
+        places, _ = trained(loss, inputs, len(now))
         if not len(places):
             raise ValueError(f"the loss {loss!r} was given an answer without tokens")
         found = now[places]
@@ -49,9 +49,7 @@ class _Answer(NamedTuple):
 
     def spread(self, slope: float, length: int, *, mean: bool) -> Float64Array:
         """Return a derivative by the score as one by each log-probability."""
-        found = np.zeros(length)
-        found[self.places] = slope / self.length if mean else slope
-        return found
+        return spread(slope / self.length if mean else slope, self.places, (length,))
 
 
 class _Point(NamedTuple):

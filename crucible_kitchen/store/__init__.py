@@ -3,8 +3,9 @@
 ``SqliteRunStore`` and its database packages are imported on first use. Read next: ``crucible_kitchen.store.base``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from crucible_kitchen.lazy import lazily
 from crucible_kitchen.store.base import FinalStatus, RunRecord, RunStatus, RunStore
 from crucible_kitchen.store.memory import MemoryRunStore
 
@@ -13,11 +14,4 @@ if TYPE_CHECKING:
 
 __all__ = ["FinalStatus", "MemoryRunStore", "RunRecord", "RunStatus", "RunStore", "SqliteRunStore"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import ``SqliteRunStore``, and with it SQLAlchemy, when it is first asked for."""
-    if name == "SqliteRunStore":
-        from crucible_kitchen.store.sqlite import SqliteRunStore
-
-        return SqliteRunStore
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(__name__, {"sqlite": ("SqliteRunStore",)})

@@ -3,9 +3,9 @@
 Sinks and the packages they need are imported on first use. Read next: ``crucible_kitchen.telemetry.bus``.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from crucible_kitchen.lazy import lazily
 from crucible_kitchen.telemetry.bus import EventLog, Journal
 from crucible_kitchen.telemetry.sinks import RunInfo, Sink, pump
 
@@ -29,18 +29,12 @@ __all__ = [
     "serve_metrics",
 ]
 
-_HOMES = {
-    "ConsoleSink": "console",
-    "JsonlSink": "jsonl",
-    "MetricsServer": "prometheus",
-    "PrometheusSink": "prometheus",
-    "TensorBoardSink": "tensorboard",
-    "serve_metrics": "prometheus",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a sink's module when the sink is first asked for."""
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(
+    __name__,
+    {
+        "console": ("ConsoleSink",),
+        "jsonl": ("JsonlSink",),
+        "prometheus": ("MetricsServer", "PrometheusSink", "serve_metrics"),
+        "tensorboard": ("TensorBoardSink",),
+    },
+)
