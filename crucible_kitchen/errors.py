@@ -28,6 +28,9 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   └── OutOfMemory (MemoryError)        backend.out_of_memory
     ├── TrainingError                        training
     │   └── NonFiniteLoss                    training.non_finite_loss
+    ├── EnvironmentFailure                   environment
+    │   ├── EnvironmentFault                 environment.fault
+    │   └── EnvironmentTimeout (TimeoutError)  environment.timeout
     ├── StageError                           stage
     │   ├── StageFailed                      stage.failed
     │   ├── StageTimeout (TimeoutError)      stage.timeout
@@ -67,6 +70,9 @@ __all__ = [
     "DataError",
     "DatasetNotFound",
     "EmptyDataset",
+    "EnvironmentFailure",
+    "EnvironmentFault",
+    "EnvironmentTimeout",
     "IntegrityError",
     "MessageQuarantined",
     "MissingExtra",
@@ -308,6 +314,24 @@ class NonFiniteLoss(TrainingError):
         )
         self.step = step
         self.keys = tuple(keys)
+
+
+class EnvironmentFailure(CrucibleError):
+    """Raised when an environment did not do its part; what it says is never a reward."""
+
+    code = "environment"
+
+
+class EnvironmentFault(EnvironmentFailure):
+    """Raised when an environment broke: it raised, never ended, or gave a reward that is no finite number."""
+
+    code = "environment.fault"
+
+
+class EnvironmentTimeout(EnvironmentFailure, TimeoutError):
+    """Raised when an environment or its reward took longer than it may."""
+
+    code = "environment.timeout"
 
 
 class StageError(CrucibleError):

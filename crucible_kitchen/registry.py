@@ -7,7 +7,7 @@ Read next: ``crucible_kitchen.kitchen``.
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from crucible_kitchen.workflow.recipe import Recipe
 
 __all__ = ["Registry"]
 
-GROUPS = ("adapters", "workflows", "recipes")
+GROUPS = ("adapters", "workflows", "recipes", "environments")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Registry:
     adapters: Mapping[str, EntryPoint]
     workflows: Mapping[str, EntryPoint]
     recipes: Mapping[str, EntryPoint]
+    environments: Mapping[str, EntryPoint] = field(default_factory=dict)
 
     @classmethod
     def discover(cls) -> "Registry":

@@ -88,6 +88,7 @@ EVENTS = {  # name: measurements | metadata
 }
 
 ENTRY_POINTS = {
+    "crucible_kitchen.environments": "parity reverse sort sums",
     "console_scripts": "crucible-kitchen",
     "crucible_kitchen.adapters": """
         blob_store.files blob_store.noop dataset_store.files dataset_store.huggingface dataset_store.noop
@@ -132,6 +133,9 @@ ERROR_CODES = {
     "CapabilityError": "adapter.capability",
     "DataError": "data",
     "EmptyDataset": "data.empty",
+    "EnvironmentFailure": "environment",
+    "EnvironmentFault": "environment.fault",
+    "EnvironmentTimeout": "environment.timeout",
     "RowError": "data.row",
     "SequenceTooLong": "data.too_long",
     "BackendError": "backend",

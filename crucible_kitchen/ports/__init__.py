@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from crucible_kitchen.ports.adapter import Adapter
 from crucible_kitchen.ports.blob_store import BlobStore
 from crucible_kitchen.ports.dataset_store import Dataset, DatasetSpec, DatasetStore
+from crucible_kitchen.ports.environment import Environment, EnvironmentGroup, EnvironmentSource, VectorEnvironment
 from crucible_kitchen.ports.evaluator import EvalExample, EvalReport, Evaluator, Prediction, Predictor
 from crucible_kitchen.ports.llm_client import ChatReply, LLMClient
 from crucible_kitchen.ports.model_registry import ModelRegistry
@@ -30,6 +31,9 @@ __all__ = [
     "Dataset",
     "DatasetSpec",
     "DatasetStore",
+    "Environment",
+    "EnvironmentGroup",
+    "EnvironmentSource",
     "EvalExample",
     "EvalReport",
     "Evaluator",
@@ -46,6 +50,7 @@ __all__ = [
     "TrainingClient",
     "TrainingSession",
     "TrainingStepScope",
+    "VectorEnvironment",
 ]
 
 
