@@ -33,7 +33,7 @@ from crucible_kitchen_noop.export import write_model
 from crucible_kitchen_noop.losses import CrossEntropy, check_datum, evaluate, summarise
 from crucible_kitchen_noop.model import Accumulation, BigramModel, token_logprobs
 from crucible_kitchen_noop.sampler import CONTEXT_LENGTH, NoopSampler
-from crucible_kitchen_noop.state import read_state, write_state
+from crucible_kitchen_noop.state import delete_state, read_state, write_state
 from crucible_kitchen_noop.tokenizer import ByteTokenizer
 
 __all__ = ["NoopSession"]
@@ -152,14 +152,14 @@ class NoopSession:
             check_datum(datum, ("target_tokens",), self._tokenizer.vocab_size, CONTEXT_LENGTH)
         return await self._submit(lambda: self._forward(list(datums)))
 
-    async def save_state(self, name: str) -> StateRef:
-        """Write a state below the session's directory."""
+    async def save_state(self, name: str) -> Pending[StateRef]:
+        """Write a state below the session's directory; what follows waits for it."""
 
         async def save() -> StateRef:
             meta = {"step": self.position, "rng": self._rng.bit_generator.state}
             return await run_sync(write_state, Path(self._spec.directory), name, self._model.arrays(), meta)
 
-        return await (await self._submit(save))
+        return await self._submit(save)
 
     async def load_state(self, state: StateRef) -> None:
         """Restore a state bit for bit."""
@@ -173,6 +173,10 @@ class NoopSession:
             self._scope = self._last = None
 
         await (await self._submit(load))
+
+    async def delete_state(self, state: StateRef) -> None:
+        """Remove a state's file."""
+        await run_sync(delete_state, Path(self._spec.directory), state)
 
     async def sampler(self) -> NoopSampler:
         """Return a sampler of a copy of the weights."""

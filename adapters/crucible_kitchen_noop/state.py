@@ -16,7 +16,7 @@ from crucible_kitchen.errors import BackendUserError, IntegrityError
 from crucible_kitchen.types import Array, JsonObject, StateRef
 from crucible_kitchen_noop.files import storing, write_whole
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["delete_state", "read_state", "write_state"]
 
 
 def write_state(directory: Path, name: str, arrays: dict[str, Array], meta: JsonObject) -> StateRef:
@@ -31,6 +31,14 @@ def write_state(directory: Path, name: str, arrays: dict[str, Array], meta: Json
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
     return StateRef(str(path), meta["step"], hashlib.sha256(data).hexdigest(), len(data))
+
+
+def delete_state(directory: Path, state: StateRef) -> None:
+    """Remove a state's file; one that is gone already is no error."""
+    path = Path(state.uri)
+    if path.parent != directory:
+        raise BackendUserError("the state was saved by another session", hint="delete it where it was saved")
+    path.unlink(missing_ok=True)
 
 
 def read_state(state: StateRef) -> tuple[dict[str, Any], JsonObject]:

@@ -24,9 +24,10 @@ from crucible_kitchen.types import (
     SessionInfo,
     StateRef,
 )
-from crucible_kitchen.workers import Lane, PendingResult, Submissions
+from crucible_kitchen.workers import Lane, PendingResult, Submissions, run_sync
 from crucible_kitchen_torch.accumulate import Accumulation
 from crucible_kitchen_torch.sampling import TorchSampler
+from crucible_kitchen_torch.states import delete_state, write_state
 from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.turns import Turns
 
@@ -43,12 +44,14 @@ class TorchSession:
         trainer: Trainer,
         turns: Turns,
         submissions: Submissions,
+        writes: Submissions,
         group: anyio.abc.TaskGroup,
         capabilities: TrainingCapabilities,
     ) -> None:
         self.trainer = trainer
         self.turns = turns
         self._submissions = submissions
+        self._writes = writes
         self._group = group
         self._capabilities = capabilities
         self._info = trainer.info
@@ -64,8 +67,8 @@ class TorchSession:
     ) -> AsyncGenerator["TorchSession", None]:
         """Open the session's task groups; leaving ends its calls and closes its samplers."""
         failure: Exception | None = None
-        async with Submissions.open() as submissions, anyio.create_task_group() as group:
-            session = cls(trainer, Turns(lane), submissions, group, capabilities)
+        async with Submissions.open() as submissions, Submissions.open() as writes, anyio.create_task_group() as group:
+            session = cls(trainer, Turns(lane), submissions, writes, group, capabilities)
             try:
                 yield session
             except Exception as error:  # noqa: BLE001 - raised below: a task group would wrap it
@@ -137,6 +140,7 @@ class TorchSession:
             with suppress(Exception):
                 await first
             self.dropped = [call for call in self.dropped if call is not first]
+        self._writes.check()
         return self._submissions.submit(call)
 
     async def _call(self, call: Callable[[], Awaitable[R]]) -> R:
@@ -149,14 +153,24 @@ class TorchSession:
     async def _forward(self, datums: Sequence[Datum]) -> ForwardResult:
         return ForwardResult(await self.turns.all(lambda: self.trainer.forward(datums)))
 
-    async def save_state(self, name: str) -> StateRef:
-        """See ``TrainingSession``."""
-        return await self._call(lambda: self.turns.one(self.trainer.save, name))
+    async def save_state(self, name: str) -> PendingResult[StateRef]:
+        """See ``TrainingSession``; the copy is a turn of the lane, the file is written beside what follows."""
+        copied = await self.submit(lambda: self.turns.one(self.trainer.copy_state))
+
+        async def write() -> StateRef:
+            tensors, facts = await copied
+            return await run_sync(write_state, self.trainer.directory, name, tensors, facts)
+
+        return self._writes.submit(write)
 
     async def load_state(self, state: StateRef) -> None:
         """See ``TrainingSession``."""
         self._drop_open()
         await self._call(lambda: self.turns.one(self.trainer.load, state))
+
+    async def delete_state(self, state: StateRef) -> None:
+        """See ``TrainingSession``."""
+        await run_sync(delete_state, self.trainer.directory, state)
 
     async def sampler(self) -> TorchSampler:
         """See ``TrainingSession``."""

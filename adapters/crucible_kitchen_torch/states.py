@@ -16,13 +16,13 @@ from crucible_kitchen.errors import BackendUserError, IntegrityError
 from crucible_kitchen.types import JsonObject, StateRef
 from crucible_kitchen_torch.faults import storage_errors
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["delete_state", "read_state", "write_state"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def write_state(directory: Path, name: str, tensors: dict[str, Tensor], facts: JsonObject) -> StateRef:
-    """Write a state under a name, in place of an older one of that name.
+    """Write a state under a name, in place of an older one of that name; its tensors are contiguous, on the CPU.
 
     Raises:
         BackendUserError: the name is not a plain file name.
@@ -35,11 +35,10 @@ def write_state(directory: Path, name: str, tensors: dict[str, Tensor], facts: J
             f"a state cannot be named {name!r}", hint="use letters, digits, dots, dashes, underscores"
         )
     path, aside = directory / f"{name}.safetensors", directory / f".{name}.partial"
-    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     with storage_errors(f"the state {name!r}"):
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(plain, aside, metadata={"facts": json.dumps(facts, sort_keys=True)})
+            save_file(tensors, aside, metadata={"facts": json.dumps(facts, sort_keys=True)})
             digest = _sync(aside)
             size = aside.stat().st_size
             aside.replace(path)
@@ -57,7 +56,7 @@ def read_state(state: StateRef) -> tuple[dict[str, Tensor], JsonObject]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(unquote(urlparse(state.uri).path))
+    path = _path(state)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,6 +67,22 @@ def read_state(state: StateRef) -> tuple[dict[str, Tensor], JsonObject]:
             return {key: opened.get_tensor(key) for key in opened.keys()}, facts  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"the state {path.name} cannot be read: {type(error).__name__}", hint=_OLDER) from error
+
+
+def delete_state(directory: Path, state: StateRef) -> None:
+    """Remove a state's file; one that is gone already is no error.
+
+    Raises:
+        BackendUserError: it is not a state of this directory.
+    """
+    path = _path(state)
+    if path.parent != directory.absolute():
+        raise BackendUserError("the state was saved by another session", hint="delete it where it was saved")
+    path.unlink(missing_ok=True)
+
+
+def _path(state: StateRef) -> Path:
+    return Path(unquote(urlparse(state.uri).path))
 
 
 _OLDER = "resume from an older checkpoint"

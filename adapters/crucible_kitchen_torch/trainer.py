@@ -38,7 +38,7 @@ from crucible_kitchen_torch.optim import Adam
 from crucible_kitchen_torch.options import TorchOptions
 from crucible_kitchen_torch.placement import placement
 from crucible_kitchen_torch.randomness import SessionRng
-from crucible_kitchen_torch.states import read_state, write_state
+from crucible_kitchen_torch.states import read_state
 
 __all__ = ["Snapshot", "Trainer"]
 
@@ -291,9 +291,15 @@ class Trainer:
             for n, p in self._kept.items():
                 p.data = live[n]
 
-    def save(self, name: str) -> StateRef:
-        """Write the weights (those that train, where the others are found elsewhere), moments and random state."""
-        tensors = {f"weights/{n}": p.detach() for n, p in self._kept.items()}
+    @property
+    def directory(self) -> Path:
+        """Where states are saved."""
+        return Path(self._spec.directory)
+
+    @torch.no_grad()
+    def copy_state(self) -> tuple[dict[str, Tensor], JsonObject]:
+        """Copy the weights (those that train, where the others are found elsewhere), moments and random state."""
+        tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in self._kept.items()}
         tensors |= {f"adam/{key}": t for key, t in self._adam.tensors().items()}
         tensors |= {f"rng/{key}": t for key, t in self.rng.tensors().items()}
         facts: JsonObject = {
@@ -303,7 +309,7 @@ class Trainer:
             "seed": self.rng.seed,
             "requests": self.rng.requests,
         }
-        return write_state(Path(self._spec.directory), name, tensors, facts)
+        return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}, facts
 
     @torch.no_grad()
     def load(self, state: StateRef) -> None:

@@ -142,11 +142,14 @@ class TrainingSession(Protocol):
         """Compute target log-probabilities without gradient."""
         ...
 
-    async def save_state(self, name: str) -> StateRef:
+    async def save_state(self, name: str) -> Pending[StateRef]:
         """Save weights, optimizer and RNG under a name, atomically; overwrites a state of the same name.
 
+        Returns once accepted. What is saved is the state at this place in the order of calls: later steps neither
+        change it nor wait for it to be written. The state is on the disk when it has been awaited.
+
         Raises:
-            StorageFull: the disk is full; earlier states are untouched.
+            StorageFull: when awaited: the disk is full; earlier states are untouched.
         """
         ...
 
@@ -156,6 +159,10 @@ class TrainingSession(Protocol):
         Raises:
             IntegrityError: the stored bytes do not match their hash; the session is unchanged.
         """
+        ...
+
+    async def delete_state(self, state: StateRef) -> None:
+        """Free what a saved state takes; it cannot be loaded any more. One that is gone already is no error."""
         ...
 
     async def sampler(self) -> Sampler:

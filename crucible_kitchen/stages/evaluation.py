@@ -178,7 +178,7 @@ async def keep_best(
         return Best(best.accuracy, best.step, best.waited + 1, best.state)
     state = None
     if config.save_best:
-        state = await session.save_state("best")
+        state = await (await session.save_state(f"best-{session.position:06d}"))
         run.emit(TrainingCheckpoint(step=state.step, path=state.uri))
     return Best(accuracy, session.position, 0, state)
 

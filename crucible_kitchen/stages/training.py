@@ -195,7 +195,7 @@ def checkpoint_due(step: StepResult, config: CheckpointConfig) -> bool:
 @stage(writes="checkpoint")
 async def save_checkpoint(session: TrainingSession, run: Run) -> StateRef:
     """Save weights, optimizer and RNG."""
-    state = await session.save_state(f"step-{session.position:06d}")
+    state = await (await session.save_state(f"step-{session.position:06d}"))
     run.emit(TrainingCheckpoint(step=state.step, path=state.uri))
     run.add_artifact(BlobRef(state.uri, state.sha256, state.size, "checkpoint", f"step-{state.step}"))
     return state

@@ -26,7 +26,7 @@ from crucible_kitchen.types import (
     StateRef,
 )
 
-__all__ = ["TRAINING_CLIENT", "StatedCrossEntropy", "TrainingClientCase", "batch", "datum", "look", "train"]
+__all__ = ["TRAINING_CLIENT", "StatedCrossEntropy", "TrainingClientCase", "batch", "datum", "look", "saved", "train"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,11 @@ async def look(session: TrainingSession) -> list[Array]:
     """Return log-probabilities of fixed datums: what can be seen of the weights."""
     result = await (await session.forward([datum(session, number) for number in range(6)]))
     return [np.asarray(logprobs) for logprobs in result.logprobs]
+
+
+async def saved(session: TrainingSession, name: str) -> StateRef:
+    """Save a state and wait until it is written."""
+    return await (await session.save_state(name))
 
 
 class StatedCrossEntropy:

@@ -18,6 +18,7 @@ from crucible_kitchen.testing.contracts.training_case import (
     batch,
     datum,
     look,
+    saved,
     train,
 )
 from crucible_kitchen.types import LoraSpec, SamplingParams
@@ -137,20 +138,20 @@ async def a_state_restores_the_session_bit_for_bit(case: TrainingClientCase) -> 
     async with case.session() as session:
         for _ in range(2):
             await train(session, [batch(session)], case.optimizer())
-        state = await session.save_state("two")
-        saved = await look(session)
+        state = await saved(session, "two")
+        before = await look(session)
         await train(session, [batch(session, 3)], case.optimizer())
         future = await look(session)
         assert state.step == 2, f"state of step {state.step}, position {session.position}"
         assert session.position == 3, f"state of step {state.step}, position {session.position}"
         await session.load_state(state)
         assert session.position == 2, f"position {session.position} after loading step 2"
-        case.equal(saved, await look(session), "weights after loading")
+        case.equal(before, await look(session), "weights after loading")
         await train(session, [batch(session, 3)], case.optimizer())
         case.equal(future, await look(session), "the step after loading")
     async with case.session() as other:
         await other.load_state(state)
-        case.equal(saved, await look(other), "weights loaded elsewhere")
+        case.equal(before, await look(other), "weights loaded elsewhere")
         await train(other, [batch(other, 3)], case.optimizer())
         case.equal(future, await look(other), "the step after loading elsewhere")
 
@@ -162,7 +163,7 @@ async def a_state_restores_the_generator(case: TrainingClientCase) -> None:
         skip("it does not sample, or not reproducibly")
     params = SamplingParams(max_tokens=12, temperature=1.0)
     async with case.session() as session:
-        state = await session.save_state("zero")
+        state = await saved(session, "zero")
         drawn = []
         for _ in range(2):
             await session.load_state(state)
@@ -174,14 +175,17 @@ async def a_state_restores_the_generator(case: TrainingClientCase) -> None:
 
 @TRAINING_CLIENT
 async def saving_waits_for_what_was_submitted(case: TrainingClientCase) -> None:
-    """A state holds the steps whose calls came before, awaited or not; the newest of a name wins."""
+    """A state holds the steps called for before it, awaited or not, and none of later ones; a name's newest wins."""
     async with case.session() as session:
-        await session.save_state("latest")
+        await saved(session, "latest")
         async with session.step(0) as step:
             await step.forward_backward(batch(session))
             applied = await step.apply(case.optimizer())
-            state = await session.save_state("latest")
+            pending = await session.save_state("latest")
             await applied
+        await train(session, [batch(session)], case.optimizer())
+        state = await pending
+        await session.load_state(state)
         expected = await look(session)
         await train(session, [batch(session)], case.optimizer())
         await session.load_state(state)
@@ -190,12 +194,24 @@ async def saving_waits_for_what_was_submitted(case: TrainingClientCase) -> None:
 
 
 @TRAINING_CLIENT
+async def a_deleted_state_cannot_be_loaded(case: TrainingClientCase) -> None:
+    """Deleting twice is no error, and leaves the others."""
+    async with case.session() as session:
+        state, other = await saved(session, "gone"), await saved(session, "kept")
+        await session.delete_state(state)
+        await session.delete_state(state)
+        with refuses(CrucibleError, what="loading a deleted state"):
+            await session.load_state(state)
+        await session.load_state(other)
+
+
+@TRAINING_CLIENT
 async def a_damaged_state_is_refused(case: TrainingClientCase) -> None:
     """And changes nothing."""
     if case.tamper is None:
         skip("stored states cannot be changed from outside")
     async with case.session() as session:
-        state = await session.save_state("damaged")
+        state = await saved(session, "damaged")
         await train(session, [batch(session)], case.optimizer())
         before = await look(session)
         case.tamper(state)

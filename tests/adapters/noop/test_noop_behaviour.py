@@ -120,8 +120,8 @@ async def test_states_that_are_none_are_refused(tmp_path):
                 await session.load_state(StateRef(str(path), 1))
         for name in ("", "a/b", "../up"):
             with pytest.raises(BackendUserError):
-                await session.save_state(name)
-        state = await session.save_state("all_weights")
+                await (await session.save_state(name))
+        state = await (await session.save_state("all_weights"))
     async with NoopTrainingClient().open_session(spec(tmp_path, lora=LoraSpec(2))) as other:
         with pytest.raises(BackendUserError, match="another kind"):
             await other.load_state(state)
@@ -132,7 +132,7 @@ async def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
     blocked.write_text("in the way")
     async with NoopTrainingClient().open_session(spec(blocked)) as session:
         with pytest.raises(StoreError):
-            await session.save_state("state")
+            await (await session.save_state("state"))
 
 
 async def test_a_tree_cannot_leave_its_directory(tmp_path):

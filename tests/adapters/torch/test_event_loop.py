@@ -46,7 +46,7 @@ async def test_the_loop_is_never_blocked_for_50_ms_while_a_session_trains_sample
                     await sampler.sample([5, 6, 7], SamplingParams(max_tokens=40), 32)
                     await gradient
                     await (await step.apply(AdamParams(1e-3)))
-                await session.load_state(await session.save_state("x"))
+                await session.load_state(await (await session.save_state("x")))
             group.cancel_scope.cancel()
     assert len(gaps) > 100
     # A loaded machine may take the processor away from the loop for longer, seldom; the executor would do it always.
