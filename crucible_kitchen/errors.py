@@ -15,7 +15,8 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   └── BlobNotFound                     not_found.blob
     ├── AdapterError                         adapter
     │   ├── MissingExtra (ImportError)       adapter.missing_extra
-    │   └── CapabilityError                  adapter.capability
+    │   ├── CapabilityError                  adapter.capability
+    │   └── SandboxUnavailable               adapter.sandbox
     ├── DataError (ValueError)               data
     │   ├── EmptyDataset                     data.empty
     │   ├── RowError                         data.row
@@ -40,6 +41,10 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── ActorRestarted                   actor.restarted    (may be retried)
     │   ├── MessageQuarantined               actor.quarantined
     │   └── TooManyRestarts                  actor.too_many_restarts
+    ├── WorkerError                          worker
+    │   ├── WorkerTimeout (TimeoutError)     worker.timeout
+    │   ├── WorkerRaised                     worker.raised
+    │   └── WorkerDied                       worker.died
     ├── StoreError                           store
     │   ├── StorageFull (OSError)            store.full
     │   ├── IntegrityError                   store.integrity
@@ -83,6 +88,7 @@ __all__ = [
     "RowError",
     "RunCancelled",
     "RunNotFound",
+    "SandboxUnavailable",
     "SequenceTooLong",
     "SessionLost",
     "StageError",
@@ -94,6 +100,10 @@ __all__ = [
     "TrainingError",
     "TransientBackendError",
     "VersionNotFound",
+    "WorkerDied",
+    "WorkerError",
+    "WorkerRaised",
+    "WorkerTimeout",
     "WorkflowError",
 ]
 
@@ -220,6 +230,12 @@ class CapabilityError(AdapterError):
     """Raised when a run asks a backend for something that it can neither do nor emulate."""
 
     code = "adapter.capability"
+
+
+class SandboxUnavailable(AdapterError):
+    """Raised when the kernel does not allow what keeps programs apart, and nobody said to go on without it."""
+
+    code = "adapter.sandbox"
 
 
 class DataError(CrucibleError, ValueError):
@@ -387,6 +403,34 @@ class TooManyRestarts(ActorError):
     """Raised when a supervisor gave up: its children died more often in its window than it may restart them."""
 
     code = "actor.too_many_restarts"
+
+
+class WorkerError(CrucibleError):
+    """Raised when code in a worker process did not give a result."""
+
+    code = "worker"
+
+
+class WorkerTimeout(WorkerError, TimeoutError):
+    """Raised when code in a worker process exceeded its time; it was killed with everything it started."""
+
+    code = "worker.timeout"
+
+
+class WorkerRaised(WorkerError):
+    """Raised when code in a worker process raised; ``error`` is the name of what it raised."""
+
+    code = "worker.raised"
+
+    def __init__(self, message: str, error: str) -> None:
+        super().__init__(message, hint="try the function in a shell of its own")
+        self.error = error
+
+
+class WorkerDied(WorkerError):
+    """Raised when a worker process ended by itself: it crashed, was killed, or could not start."""
+
+    code = "worker.died"
 
 
 class StoreError(CrucibleError):

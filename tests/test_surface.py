@@ -15,7 +15,7 @@ import typer.main
 import crucible_kitchen
 from crucible_kitchen import errors, learner
 from crucible_kitchen.cli.app import app
-from crucible_kitchen.errors import CrucibleError, MissingExtra, NonFiniteLoss, RowError, WorkflowError
+from crucible_kitchen.errors import CrucibleError, MissingExtra, NonFiniteLoss, RowError, WorkerRaised, WorkflowError
 from crucible_kitchen.events import event_schema
 from crucible_kitchen.kitchen import DEFAULT_ADAPTERS, Kitchen
 from crucible_kitchen.ports import PORTS
@@ -131,6 +131,11 @@ ERROR_CODES = {
     "AdapterError": "adapter",
     "MissingExtra": "adapter.missing_extra",
     "CapabilityError": "adapter.capability",
+    "SandboxUnavailable": "adapter.sandbox",
+    "WorkerError": "worker",
+    "WorkerTimeout": "worker.timeout",
+    "WorkerRaised": "worker.raised",
+    "WorkerDied": "worker.died",
     "DataError": "data",
     "EmptyDataset": "data.empty",
     "EnvironmentFailure": "environment",
@@ -276,6 +281,7 @@ def test_every_error_survives_the_way_to_another_process(cls: type[CrucibleError
         MissingExtra: MissingExtra("torch", "torch"),
         RowError: RowError(3, "answer", "is missing", hint="give a mapping"),
         NonFiniteLoss: NonFiniteLoss("the loss", 7, ["row 1", "row 2"]),
+        WorkerRaised: WorkerRaised("score raised ValueError", "ValueError"),
     }
     error = made.get(cls) or cls("what happened", hint="what to do", where="flow/stage")
     again = pickle.loads(pickle.dumps(error))

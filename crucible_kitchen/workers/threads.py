@@ -1,8 +1,8 @@
-"""The one seam to threads: blocking work leaves the event loop here and nowhere else.
+"""Threads: work that blocks for a while and always ends.
 
 ``run_sync`` is for anything that blocks shortly (files, hashing, user code); ``Lane`` is one thread that does its work
 strictly in order (torch, SQLite). Under :func:`inline` (virtual-clock tests) both call the function at once.
-``Submissions`` turns coroutines into ``Pending`` results inside a task group. Read next: ``crucible_kitchen.ports``.
+``Submissions`` turns coroutines into ``Pending`` results inside a task group. Read next: ``processes.py``.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import anyio.to_thread
 
 from crucible_kitchen.errors import SessionLost
 
-__all__ = ["Lane", "PendingResult", "Submissions", "inline", "run_sync", "waker"]
+__all__ = ["Lane", "PendingResult", "Submissions", "inline", "is_inline", "run_sync", "waker"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,11 @@ def inline() -> Iterator[None]:
         yield
     finally:
         _inline.reset(token)
+
+
+def is_inline() -> bool:
+    """Return whether worker calls of this context run inline."""
+    return _inline.get()
 
 
 async def run_sync(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
