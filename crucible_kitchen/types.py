@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "OUTPUTS",
+    "Acted",
     "AdamParams",
     "Array",
     "BlobRef",
@@ -32,8 +34,12 @@ __all__ = [
     "Loss",
     "LossValue",
     "Message",
+    "MlpSpec",
     "ModelVersion",
     "OptimResult",
+    "Output",
+    "OutputsLoss",
+    "OutputsLossValue",
     "Row",
     "Sampled",
     "SamplingParams",
@@ -41,6 +47,7 @@ __all__ = [
     "SessionSpec",
     "StateRef",
     "StepResult",
+    "reads",
 ]
 
 Json: TypeAlias = Any
@@ -53,6 +60,15 @@ Row: TypeAlias = Mapping[str, Any]
 Array: TypeAlias = NDArray[Any]
 IntArray: TypeAlias = NDArray[np.int64]
 Float64Array: TypeAlias = NDArray[np.float64]
+
+Output: TypeAlias = Literal["logprobs", "values", "entropy", "top_logprobs", "logits"]
+"""What a model says at each position of a datum, and what a loss can be a function of.
+
+``logprobs`` [T] of the targets; ``values`` [T] of the value head, after seeing ``tokens[:t + 1]``; ``entropy`` [T] of
+the whole distribution, nats; ``top_logprobs`` [T, k] of given tokens, or of the k likeliest; ``logits`` [T, V].
+"""
+
+OUTPUTS: tuple[Output, ...] = ("logprobs", "values", "entropy", "top_logprobs", "logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +86,10 @@ class Datum:
     Attributes:
         inputs: what the model sees, by name. ``tokens`` int64 [T] for language models, ``observations``
             float32 [T, D] for the ``mlp`` policy.
-        loss_inputs: what the loss sees, by name, each [T]: ``target_tokens`` int64, ``weights``, ``advantages``,
-            ``logprobs`` float32, and whatever a custom loss needs.
+        loss_inputs: what the loss sees, by name, T long: ``target_tokens`` int64 (actions of the ``mlp`` policy),
+            ``weights``, ``advantages``, ``logprobs`` float32 [T], and whatever a custom loss needs. Losses of
+            ``top_logprobs`` read ``teacher_tokens`` int64 [T, k] and ``teacher_logprobs`` [T, k], those of ``logits``
+            ``teacher_logits`` [T, V]: an array, or what ``forward(outputs=("logits",))`` of a teacher gave.
         key: the example's stable name, for error messages and ledgers.
     """
 
@@ -135,9 +153,60 @@ class Loss(Protocol):
         """How many consecutive datums belong together."""
         ...
 
-    def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]]) -> LossValue:
+    def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]], /) -> LossValue:
         """Evaluate the loss of one group; both sequences have ``group`` items, arrays are [T]."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputsLossValue:
+    """What a loss of several outputs returns.
+
+    Attributes:
+        total: the *sum* over the group's positions.
+        slopes: per datum of the group, d total / d output for every output that the loss reads, float64, each of its
+            output's shape.
+        metrics: as of ``LossValue``.
+    """
+
+    total: float
+    slopes: Sequence[Mapping[str, Float64Array]]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class OutputsLoss(Protocol):
+    """A differentiable loss of more than the targets' log-probabilities, as one pure numpy function.
+
+    What it reads must be a capability of the backend. A loss that reads ``logits`` is a sum over positions of single
+    datums (``group`` 1): a backend calls it with pieces of a datum, positions of weight 0 left out, so that scores of
+    every token at every position are never held at once.
+    """
+
+    @property
+    def name(self) -> str:
+        """Stable name, for events and manifests."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """How many consecutive datums belong together."""
+        ...
+
+    @property
+    def reads(self) -> frozenset[Output]:
+        """The outputs it is a function of."""
+        ...
+
+    def __call__(
+        self, outputs: Sequence[Mapping[str, Float64Array]], loss_inputs: Sequence[Mapping[str, Array]], /
+    ) -> OutputsLossValue:
+        """Evaluate the loss of one group; both sequences have ``group`` items."""
+        ...
+
+
+def reads(loss: "str | Loss | OutputsLoss") -> frozenset[Output]:
+    """Return the outputs that a loss is a function of; plain losses read log-probabilities."""
+    return getattr(loss, "reads", frozenset({"logprobs"}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,17 +238,39 @@ class LoraSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """The shape of the model ``mlp``: a policy over observations, and its value network.
+
+    Attributes:
+        observation_size: D, features of one observation.
+        actions: number of discrete actions.
+        hidden: widths of the hidden layers, of policy and value network each.
+        activation: between the layers.
+    """
+
+    observation_size: int
+    actions: int
+    hidden: tuple[int, ...] = (64, 64)
+    activation: Literal["tanh", "relu"] = "tanh"
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSpec:
     """What a training session is opened on.
 
     Attributes:
-        model: ``tiny``, a local directory, or a hub id.
+        model: ``tiny``, a local directory, a hub id, or ``mlp``.
         lora: low-rank adaptation, or None for all weights.
         seed: of initialisation, dropout and sampling.
         directory: where a local backend may keep states; remote ones ignore it. Absolute path.
         run_id: the run it belongs to, for labels at the backend.
         max_length: the longest sequence the run will train on, tokens; 0 means the model's own limit.
         chat_template: a Jinja template that replaces the tokenizer's own.
+        value_head: add a head of one number per position, trained, saved and exported with the model: the value
+            function of a policy, or the score of a reward model. An export that has one is opened with it.
+        reference: keep the weights as they were when the session was opened, for ``forward(reference=True)``. With
+            LoRA that is a copy of the adapter, without it a second copy of all weights.
+        mlp: the shape of the model ``mlp``; only for it.
     """
 
     model: str
@@ -189,6 +280,9 @@ class SessionSpec:
     run_id: str = ""
     max_length: int = 0
     chat_template: str | None = None
+    value_head: bool = False
+    reference: bool = False
+    mlp: MlpSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +307,18 @@ class SessionInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardResult:
-    """Per-token log-probabilities of the targets: one float [T] array per datum, in submission order."""
+    """What a model says of datums, in submission order.
+
+    Attributes:
+        logprobs: of the targets, one float [T] array per datum; empty if they were not asked for.
+        outputs: what else was asked for, by name, one array per datum: ``values`` and ``entropy`` [T],
+            ``top_logprobs`` [T, k] with ``top_tokens`` int64 [T, k], the likeliest first, and ``logits`` [T, V]. The
+            last need not be in memory: it has ``shape``, slices along T, and becomes an array by ``np.asarray``. It is
+            computed when it is read, while its session is open and its weights are the same.
+    """
 
     logprobs: Sequence[Array]
+    outputs: Mapping[str, Sequence[Array]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,8 +329,9 @@ class ForwardBackwardResult:
         loss: the *sum* over the call's weighted tokens.
         weight: the sum of the weights, that is what a mean divides by.
         tokens: positions computed, padding not counted.
-        logprobs: one [T] array per datum, in submission order.
+        logprobs: one [T] array per datum, in submission order; empty if the loss does not read them.
         metrics: the loss's own.
+        outputs: what else the loss read, but for ``logits``, by name, one array per datum.
     """
 
     loss: float
@@ -235,6 +339,7 @@ class ForwardBackwardResult:
     tokens: int
     logprobs: Sequence[Array]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    outputs: Mapping[str, Sequence[Array]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +440,23 @@ class Sampled:
     top_tokens: IntArray | None = None
     top_logprobs: Array | None = None
     prompt_logprobs: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Acted:
+    """What a policy did on a batch of observations.
+
+    Attributes:
+        actions: int64 [G].
+        logprobs: float32 [G], of the actions.
+        values: float32 [G], of the observations; None without a value head.
+        version: optimizer steps behind the weights.
+    """
+
+    actions: IntArray
+    logprobs: Array
+    values: Array | None
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

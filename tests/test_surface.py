@@ -30,11 +30,11 @@ PUBLIC_NAMES = """
 """
 
 LEARNER_NAMES = """
-    APOZero AdvantageEstimate Aggregation BradleyTerry CISPO DPO DecoupledPPO GSPO GeneralizedJSD Hinge IPO
-    ImportanceSampling KTO Moments Normalization ORPO PPO RobustDPO STD_CONVENTIONS SimPO StdConvention TokenWeights
-    TopKForwardKL ValueLoss centred discounted_returns dr_grpo entropy_estimate explained_variance gae grpo k1 k2 k3
-    kl_shaped_advantages kl_shaped_rewards kto_reference_point maxrl normalize reverse_kl_advantages rloo
-    token_weights truncated_importance_weights whiten
+    APOZero AdvantageEstimate Aggregation BradleyTerry CISPO DPO DecoupledPPO EntropyBonus GSPO GeneralizedJSD Hinge
+    IPO ImportanceSampling KTO Moments Normalization ORPO PPO RobustDPO STD_CONVENTIONS SimPO StdConvention Term
+    TokenWeights TopKForwardKL ValueLoss WeightedSum centred discounted_returns dr_grpo entropy_estimate
+    explained_variance gae grpo k1 k2 k3 kl_shaped_advantages kl_shaped_rewards kto_reference_point maxrl normalize
+    reverse_kl_advantages rloo token_weights truncated_importance_weights whiten
 """
 
 PARAMETERS = {

@@ -8,9 +8,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from crucible_kitchen.errors import BackendUserError
-from crucible_kitchen.types import Array, Datum, Float64Array, ForwardBackwardResult, Loss, LossValue
+from crucible_kitchen.types import (
+    Array,
+    Datum,
+    Float64Array,
+    ForwardBackwardResult,
+    LossValue,
+    OutputsLoss,
+    OutputsLossValue,
+)
 
-__all__ = ["CrossEntropy", "check_datum", "evaluate", "summarise"]
+__all__ = ["CrossEntropy", "check_datum", "collected", "evaluate", "summarise"]
 
 
 class CrossEntropy:
@@ -34,41 +42,51 @@ def check_datum(datum: Datum, needed: Sequence[str], vocab: int, context: int) -
     for name in needed:
         if name not in datum.loss_inputs:
             raise BackendUserError(f"datum {datum.key!r} lacks the loss input {name!r}")
-        if datum.loss_inputs[name].shape != (len(datum),):
+        shape, given = (len(datum),), datum.loss_inputs[name].shape
+        if (given[:1] if name == "teacher_tokens" else given) != shape or len(given) > 2:
             raise BackendUserError(f"datum {datum.key!r}: loss input {name!r} is not of length {len(datum)}")
-    for ids in (datum.inputs["tokens"], datum.loss_inputs["target_tokens"]):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+    for ids in (datum.inputs["tokens"], *(datum.loss_inputs[name] for name in needed if name.endswith("_tokens"))):
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
             raise BackendUserError(f"datum {datum.key!r} has a token outside the vocabulary of {vocab}")
 
 
-def evaluate(loss: Loss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]) -> LossValue:
+def evaluate(
+    loss: OutputsLoss, outputs: Sequence[Mapping[str, Float64Array]], datums: Sequence[Datum]
+) -> OutputsLossValue:
     """Evaluate the loss of one group and check what it returned."""
     try:
         with np.errstate(all="ignore"):  # what is not finite is found, and named, when the step is applied
-            value = loss(logprobs, [datum.loss_inputs for datum in datums])
+            value = loss(outputs, [datum.loss_inputs for datum in datums])
     except Exception as error:
         raise BackendUserError(f"the loss {loss.name!r} raised {type(error).__name__}") from error
-    shapes = [np.shape(d) for d in value.d_logprobs]
-    if shapes != [np.shape(lp) for lp in logprobs]:
+    shapes = [{name: np.shape(d) for name, d in slopes.items()} for slopes in value.slopes]
+    if shapes != [{name: np.shape(found) for name, found in own.items()} for own in outputs]:
         raise BackendUserError(f"the loss {loss.name!r} returned derivatives of shapes {shapes}")
     return value
 
 
 def summarise(
-    values: Sequence[LossValue], logprobs: Sequence[Float64Array], datums: Sequence[Datum]
+    values: Sequence[OutputsLossValue], outputs: Sequence[Mapping[str, Float64Array]], datums: Sequence[Datum]
 ) -> ForwardBackwardResult:
     """Combine the groups of one call into its result."""
     weights = [float(np.sum(d.loss_inputs["weights"])) if "weights" in d.loss_inputs else len(d) for d in datums]
+    found = collected(outputs)
     return ForwardBackwardResult(
         loss=sum(value.total for value in values),
         weight=float(sum(weights)),
         tokens=sum(len(datum) for datum in datums),
-        logprobs=logprobs,
+        logprobs=found.pop("logprobs", []),
         metrics=_metrics(values),
+        outputs={name: arrays for name, arrays in found.items() if name != "logits"},
     )
 
 
-def _metrics(values: Sequence[LossValue]) -> dict[str, float]:
+def collected(outputs: Sequence[Mapping[str, Array]]) -> dict[str, list[Array]]:
+    """Return per output what is given per datum."""
+    return {name: [own[name] for own in outputs] for name in (outputs[0] if outputs else ())}
+
+
+def _metrics(values: Sequence[OutputsLossValue]) -> dict[str, float]:
     """Combine metrics as their names say: ``:mean``, ``:min``, ``:max``, else the sum."""
     collected: dict[str, list[float]] = {}
     for value in values:

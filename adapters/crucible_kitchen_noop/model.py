@@ -73,9 +73,10 @@ class BigramModel:
         vocab: number of tokens V.
         seed: of the initial weights.
         lora: train ``alpha / rank * B A`` beside a frozen table instead of the table.
+        value_head: also train a value of each token, 0 at first.
     """
 
-    def __init__(self, vocab: int, seed: int, lora: LoraSpec | None) -> None:
+    def __init__(self, vocab: int, seed: int, lora: LoraSpec | None, *, value_head: bool = False) -> None:
         rng = np.random.default_rng([seed, 0])
         self.base: Float64Array = rng.normal(0.0, 0.02, (vocab, vocab))
         self.factor = 0.0
@@ -84,6 +85,8 @@ class BigramModel:
             self.factor = lora.alpha / lora.rank
             down = rng.normal(0.0, lora.rank**-0.5, (lora.rank, vocab))
             self.weights = {"lora_a": down, "lora_b": np.zeros((vocab, lora.rank))}
+        if value_head:
+            self.weights["value"] = np.zeros(vocab)
         self.first = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.steps = 0
@@ -95,21 +98,18 @@ class BigramModel:
         result: Float64Array = self.base + self.factor * (self.weights["lora_b"] @ self.weights["lora_a"])
         return result
 
-    def backward(
-        self, table: Float64Array, tokens: IntArray, targets: IntArray, d_logprobs: Float64Array, into: Float64Array
-    ) -> None:
-        """Add d/d table of ``sum(d_logprobs * logprobs)`` to ``into`` [V, V]; all others are [T]."""
-        with np.errstate(all="ignore"):
-            d_logits = -d_logprobs[:, None] * np.exp(log_softmax(table[tokens]))
-            d_logits[np.arange(len(tokens)), targets] += d_logprobs
-            np.add.at(into, tokens, d_logits)
+    def values(self) -> Float64Array | None:
+        """Return a copy of the value of each token [V]; None without a value head."""
+        return self.weights["value"].copy() if "value" in self.weights else None
 
-    def gradients(self, d_table: Float64Array) -> dict[str, Float64Array]:
-        """Return the gradient of each trained weight from the table's."""
+    def gradients(self, gradient: Float64Array) -> dict[str, Float64Array]:
+        """Return the gradient of each trained weight from that of table and values, [V, V + 1]."""
+        d_table = gradient[:, :-1]
+        found = {"value": gradient[:, -1]} if "value" in self.weights else {}
         if "table" in self.weights:
-            return {"table": d_table}
+            return {"table": d_table, **found}
         a, b = self.weights["lora_a"], self.weights["lora_b"]
-        return {"lora_a": self.factor * (b.T @ d_table), "lora_b": self.factor * (d_table @ a.T)}
+        return {"lora_a": self.factor * (b.T @ d_table), "lora_b": self.factor * (d_table @ a.T), **found}
 
     def apply(self, gradients: dict[str, Float64Array], params: AdamParams) -> None:
         """Make one AdamW step (Loshchilov & Hutter 2019, algorithm 2)."""

@@ -12,7 +12,7 @@ import anyio
 import anyio.lowlevel
 import numpy as np
 
-from crucible_kitchen.errors import BackendUserError, ModelNotFound, SessionLost
+from crucible_kitchen.errors import BackendUserError, CapabilityError, ModelNotFound, SessionLost
 from crucible_kitchen.types import Array, Float64Array, JsonObject, Sampled, SamplingParams
 from crucible_kitchen_noop.model import BigramModel, log_softmax, token_logprobs
 from crucible_kitchen_noop.tokenizer import ByteTokenizer
@@ -32,6 +32,7 @@ class NoopSampler:
         draw_seed: gives the seed of a request that has none.
         is_open: whether what the sampler belongs to is still open.
         latency: seconds each request takes.
+        values: [V], of each token; None without a value head.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class NoopSampler:
         *,
         is_open: Callable[[], bool] = lambda: True,
         latency: float = 0.0,
+        values: Float64Array | None = None,
     ) -> None:
+        self._values = values
         self._table = table
         self._version = version
         self._draw_seed = draw_seed
@@ -84,6 +87,17 @@ class NoopSampler:
             results.append(token_logprobs(self._table, ids[:-1], ids[1:]).astype(np.float32))
             await anyio.lowlevel.checkpoint()
         return results
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Array:
+        """Return float32 [N]: the value of each sequence's last token."""
+        await self._enter()
+        if self._values is None:
+            raise CapabilityError("this model has no value head", hint="open the session with value_head=True")
+        for sequence in sequences:
+            if not sequence:
+                raise BackendUserError("a sequence needs at least one token")
+            self._check_tokens(sequence)
+        return self._values[[sequence[-1] for sequence in sequences]].astype(np.float32)
 
     async def aclose(self) -> None:
         """Refuse all further requests."""

@@ -4,18 +4,19 @@ Its calls run one after the other in the session's task group, on the event loop
 exports touch files. Read next: ``crucible_kitchen_noop.model``.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 import numpy as np
 
 from crucible_kitchen.errors import BackendUserError, CapabilityError, NonFiniteLoss, SessionLost
-from crucible_kitchen.ports import Pending, TrainingCapabilities
+from crucible_kitchen.learner.terms import of_outputs
+from crucible_kitchen.ports import Pending, Policy, TrainingCapabilities, needed_inputs, require_outputs
 from crucible_kitchen.types import (
     AdamParams,
     Datum,
@@ -24,14 +25,16 @@ from crucible_kitchen.types import (
     ForwardResult,
     Loss,
     OptimResult,
+    OutputsLoss,
     SessionInfo,
     SessionSpec,
     StateRef,
 )
 from crucible_kitchen.workers import Submissions, run_sync
 from crucible_kitchen_noop.export import write_model
-from crucible_kitchen_noop.losses import CrossEntropy, check_datum, evaluate, summarise
-from crucible_kitchen_noop.model import Accumulation, BigramModel, token_logprobs
+from crucible_kitchen_noop.losses import CrossEntropy, check_datum, collected, evaluate, summarise
+from crucible_kitchen_noop.model import Accumulation, BigramModel
+from crucible_kitchen_noop.outputs import Weights, backward, compute, likeliest
 from crucible_kitchen_noop.sampler import CONTEXT_LENGTH, NoopSampler
 from crucible_kitchen_noop.state import delete_state, read_state, write_state
 from crucible_kitchen_noop.tokenizer import ByteTokenizer
@@ -53,16 +56,17 @@ class _Scope:
     applied: bool = False
 
     async def forward_backward(
-        self, datums: Sequence[Datum], loss: str | Loss = "cross_entropy", *, order: int | None = None
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss = "cross_entropy", *, order: int | None = None
     ) -> Pending[ForwardBackwardResult]:
         """See ``TrainingStepScope``."""
         self._check_open()
         function = self.session._loss(loss)
+        require_outputs(self.session.capabilities, function.reads)
         if order is not None and not self.session.capabilities.ordered_accumulation:
             raise CapabilityError("this backend adds gradients in the order of arrival", hint="leave out order=")
         if len(datums) % function.group:
             raise BackendUserError(f"the loss {function.name!r} takes groups of {function.group} datums")
-        needed = ("target_tokens", "weights") if isinstance(function, CrossEntropy) else ("target_tokens",)
+        needed = (*needed_inputs(function.reads), *(["weights"] if isinstance(loss, str) else []))
         for datum in datums:
             check_datum(datum, needed, ByteTokenizer.vocab_size, self.session.info.context_length)
         return await self.session._submit(lambda: self.session._accumulate(self, list(datums), function, order))
@@ -93,11 +97,16 @@ class NoopSession:
         self, spec: SessionSpec, capabilities: TrainingCapabilities, submissions: Submissions, latency: float
     ) -> None:
         self._spec = spec
-        self._capabilities = capabilities
+        self._capabilities = replace(
+            capabilities,
+            value_head=spec.value_head,
+            reference=spec.reference,
+        )
         self._submissions = submissions
         self._latency = latency
         self._tokenizer = ByteTokenizer()
-        self._model = BigramModel(self._tokenizer.vocab_size, spec.seed, spec.lora)
+        self._model = BigramModel(self._tokenizer.vocab_size, spec.seed, spec.lora, value_head=spec.value_head)
+        self._reference = self._weights()
         self._rng = np.random.default_rng([spec.seed, 1])
         self._scope: _Scope | None = None
         self._scale: float | None = None
@@ -129,7 +138,7 @@ class NoopSession:
 
     @property
     def capabilities(self) -> TrainingCapabilities:
-        """The client's."""
+        """The client's, without what the session was not opened with."""
         return self._capabilities
 
     @property
@@ -146,11 +155,24 @@ class NoopSession:
         finally:
             scope.closed = True
 
-    async def forward(self, datums: Sequence[Datum]) -> Pending[ForwardResult]:
+    async def forward(
+        self,
+        datums: Sequence[Datum],
+        *,
+        outputs: Collection[str] = ("logprobs",),
+        top: int = 0,
+        reference: bool = False,
+    ) -> Pending[ForwardResult]:
         """See ``TrainingSession``."""
+        require_outputs(self._capabilities, outputs)
+        if reference and not self._spec.reference:
+            raise CapabilityError("this session keeps no reference", hint="open it with reference=True")
+        if "top_logprobs" in outputs and not 1 <= top <= self._tokenizer.vocab_size:
+            raise BackendUserError(f"top must be from 1 to {self._tokenizer.vocab_size}, got {top}")
         for datum in datums:
-            check_datum(datum, ("target_tokens",), self._tokenizer.vocab_size, CONTEXT_LENGTH)
-        return await self._submit(lambda: self._forward(list(datums)))
+            needed = ("target_tokens",) if "logprobs" in outputs else ()
+            check_datum(datum, needed, self._tokenizer.vocab_size, CONTEXT_LENGTH)
+        return await self._submit(lambda: self._forward(list(datums), frozenset(outputs), top, reference))
 
     async def save_state(self, name: str) -> Pending[StateRef]:
         """Write a state below the session's directory; what follows waits for it."""
@@ -190,9 +212,14 @@ class NoopSession:
                 lambda: int(self._rng.integers(2**62)),
                 is_open=lambda: not self._closed,
                 latency=self._latency,
+                values=self._model.values(),
             )
 
         return await (await self._submit(snapshot))
+
+    async def policy(self) -> Policy:
+        """Refuse: the toy model takes tokens."""
+        raise CapabilityError("this model takes tokens, not observations", hint="use session.sampler()")
 
     async def export(self, directory: str) -> ExportedModel:
         """Write the table of logits and a description."""
@@ -228,15 +255,18 @@ class NoopSession:
         self._scope = _Scope(self, index, replay)
         return self._scope
 
-    def _loss(self, loss: str | Loss) -> Loss:
+    def _loss(self, loss: str | Loss | OutputsLoss) -> OutputsLoss:
         if not isinstance(loss, str):
             if self._capabilities.custom_loss == "refused":
                 raise CapabilityError(f"this backend takes no custom loss such as {loss.name!r}")
-            return loss
+            return of_outputs(loss)
         if loss not in self._capabilities.losses:
             known = ", ".join(sorted(self._capabilities.losses))
             raise CapabilityError(f"this backend has no loss {loss!r}", hint=f"built in: {known}")
-        return CrossEntropy()
+        return of_outputs(CrossEntropy())
+
+    def _weights(self) -> Weights:
+        return Weights(self._model.table(), self._model.values())
 
     def _check_scale(self, scale: float) -> None:
         kept = self._capabilities.step_scale
@@ -246,32 +276,38 @@ class NoopSession:
             raise CapabilityError("this backend keeps one scale for a whole run", hint="scale the weights instead")
         self._scale = scale
 
-    async def _forward(self, datums: list[Datum]) -> ForwardResult:
-        table = self._model.table()
-        logprobs = []
+    async def _forward(self, datums: list[Datum], wanted: frozenset[str], top: int, reference: bool) -> ForwardResult:
+        weights = self._reference if reference else self._weights()
+        found: list[dict[str, Any]] = []
         for datum in datums:
-            logprobs.append(token_logprobs(table, datum.inputs["tokens"], datum.loss_inputs["target_tokens"]))
+            own: dict[str, Any] = dict(compute(weights, datum, wanted - {"top_logprobs"}))
+            if "top_logprobs" in wanted:
+                own["top_tokens"], own["top_logprobs"] = likeliest(weights, datum, top)
+            found.append(own)
             await anyio.lowlevel.checkpoint()
-        return ForwardResult(logprobs)
+        outputs = collected(found)
+        return ForwardResult(outputs.pop("logprobs", []), outputs)
 
     async def _accumulate(
-        self, scope: _Scope, datums: list[Datum], loss: Loss, order: int | None
+        self, scope: _Scope, datums: list[Datum], loss: OutputsLoss, order: int | None
     ) -> ForwardBackwardResult:
         if order is not None and scope.sum.taken(order):
             raise BackendUserError(f"a gradient of order {order} was submitted already")
-        table = self._model.table()
-        gradient = np.zeros_like(table)
-        logprobs = list((await self._forward(datums)).logprobs)
+        weights = self._weights()
+        gradient = np.zeros((len(weights.table), len(weights.table) + 1))
+        outputs = []
+        for datum in datums:
+            outputs.append(compute(weights, datum, loss.reads))
+            await anyio.lowlevel.checkpoint()
         values = []
         for start in range(0, len(datums), loss.group):
             group = slice(start, start + loss.group)
-            value = evaluate(loss, logprobs[group], datums[group])
-            for datum, d_logprobs in zip(datums[group], value.d_logprobs, strict=True):
-                tokens, targets = datum.inputs["tokens"], datum.loss_inputs["target_tokens"]
-                self._model.backward(table, tokens, targets, d_logprobs, gradient)
+            value = evaluate(loss, outputs[group], datums[group])
+            for datum, slopes in zip(datums[group], value.slopes, strict=True):
+                backward(weights, datum, slopes, gradient)
             values.append(value)
             await anyio.lowlevel.checkpoint()
-        result = summarise(values, logprobs, datums)
+        result = summarise(values, outputs, datums)
         scope.sum.add(gradient, order)
         scope.sum.keys += [datum.key for datum in datums]
         scope.sum.finite &= bool(np.isfinite(result.loss))

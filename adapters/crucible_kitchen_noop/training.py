@@ -26,10 +26,15 @@ _CAPABILITIES = TrainingCapabilities(
     ordered_accumulation=True,
     lora=True,
     full_weights=True,
+    entropy=True,
+    value_head=True,
+    topk_logprobs=True,
+    full_logits=True,
+    reference=True,
     reproducible=True,
     synthetic=True,
 )
-_FIXED = {"synthetic", "entropy", "value_head", "topk_logprobs", "full_logits", "losses"}
+_FIXED = {"synthetic", "losses", "mlp", "shared_prefix"}
 
 
 class NoopTrainingClient:
@@ -91,5 +96,11 @@ class NoopTrainingClient:
             raise CapabilityError("this backend trains all weights only", hint="set lora_rank=0")
         if spec.lora is not None and (spec.lora.dropout or spec.lora.targets):
             raise CapabilityError("the toy model has one layer and no dropout", hint="leave out lora_dropout, targets")
+        if spec.value_head and not self._capabilities.value_head:
+            raise CapabilityError("this backend has no value head", hint="use advantage=grpo, dr_grpo, rloo or centred")
+        if spec.reference and not self._capabilities.reference:
+            raise CapabilityError("this backend keeps no reference", hint="open another session as the reference")
+        if spec.mlp is not None:
+            raise CapabilityError("the toy model takes tokens, not observations", hint="use training_client=torch")
         if spec.chat_template is not None:
             raise CapabilityError("the toy tokenizer has a fixed chat format", hint="leave out chat_template")

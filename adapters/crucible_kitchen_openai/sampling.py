@@ -88,6 +88,14 @@ class OpenAISampler:
 
         return await _all(one, list(sequences))
 
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Array:
+        """Refuse: the service gives log-probabilities, not the numbers of a value head."""
+        del sequences
+        raise CapabilityError(
+            "a completions service has no value head to score with",
+            hint="judge with llm_client, or open the reward model in a training session with value_head=True",
+        )
+
     async def aclose(self) -> None:
         """Refuse all further requests."""
         self._closed = True

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from crucible_kitchen.errors import BackendUserError, TrainingError
-from crucible_kitchen.types import Array, Datum, Float64Array, Loss, LossValue
+from crucible_kitchen.learner.terms import of_outputs
+from crucible_kitchen.types import Array, Datum, Float64Array, Loss, OutputsLoss, OutputsLossValue
 from crucible_kitchen_torch.logprobs import token_logprobs
 from crucible_kitchen_torch.microbatches import plan, plan_padded
 from crucible_kitchen_torch.models import CausalModel
@@ -119,7 +120,7 @@ class Pass:
 
     model: CausalModel
     datums: Sequence[Datum]
-    loss: str | Loss | None
+    loss: str | Loss | OutputsLoss | None
     budget: int
     batches: Sequence[list[int]] | None = None
     place: Placement | None = None
@@ -198,15 +199,17 @@ class Pass:
             value = self._value(self.loss, found[members], [self.datums[i] for i in batch[members]])
             self.totals.append(value.total)
             self.metrics.append(value.metrics)
-            slopes += value.d_logprobs
+            slopes += [own["logprobs"] for own in value.slopes]
         return slopes
 
-    def _value(self, loss: Loss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]) -> LossValue:
+    def _value(
+        self, loss: Loss | OutputsLoss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]
+    ) -> OutputsLossValue:
         try:
-            value = loss(logprobs, [d.loss_inputs for d in datums])
+            value = of_outputs(loss)([{"logprobs": found} for found in logprobs], [d.loss_inputs for d in datums])
         except Exception as error:
             raise TrainingError(f"the loss {loss.name!r} raised {type(error).__name__}") from error
-        if [np.shape(d) for d in value.d_logprobs] != [(len(d),) for d in datums]:
+        if [np.shape(own["logprobs"]) for own in value.slopes] != [(len(d),) for d in datums]:
             raise TrainingError(
                 f"the loss {loss.name!r} returned derivatives of another shape than its log-probabilities"
             )

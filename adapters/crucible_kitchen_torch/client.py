@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from crucible_kitchen.errors import MissingExtra
+from crucible_kitchen.errors import CapabilityError, MissingExtra
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
 from crucible_kitchen.types import JsonObject, SessionSpec
 from crucible_kitchen.workers import Lane
@@ -80,8 +80,19 @@ class TorchTrainingClient:
         """See ``TrainingClient``."""
         return self._open(spec)
 
+    def _check(self, spec: SessionSpec) -> None:
+        """Refuse what is asked for and not there.
+
+        Raises:
+            CapabilityError: see ``TrainingClient.open_session``.
+        """
+        for asked, what in ((spec.value_head, "value head"), (spec.reference, "reference"), (spec.mlp, "mlp policy")):
+            if asked:
+                raise CapabilityError(f"this backend has no {what}")
+
     @asynccontextmanager
     async def _open(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
+        self._check(spec)
         async with Lane("torch") as lane:
             trainer = await lane.run(_load, spec, self._options, self._bases)
             from crucible_kitchen_torch.session import TorchSession

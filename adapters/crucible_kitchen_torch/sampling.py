@@ -10,7 +10,7 @@ import anyio
 import anyio.abc
 import numpy as np
 
-from crucible_kitchen.errors import BackendUserError, SessionLost
+from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import Array, Datum, Sampled, SamplingParams
 from crucible_kitchen_torch.decoding import FIXED_ROWS, Decoding, Job, capacity
@@ -302,6 +302,11 @@ class TorchSampler:
         datums = [Datum.from_tokens(list(s), [1.0] * len(s)) for s in sequences if len(s) > 1]
         found = iter(await self._turns.all(lambda: self._trainer.forward(datums, self._snapshot), self._check_open))
         return [next(found) if len(s) > 1 else np.zeros(0, dtype=np.float32) for s in sequences]
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Array:
+        """See ``Sampler``."""
+        del sequences
+        raise CapabilityError("this model has no value head", hint="open the session with value_head=True")
 
     def _check_open(self) -> None:
         if self.closed:

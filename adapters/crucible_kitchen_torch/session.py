@@ -3,7 +3,7 @@
 Knows no tensor. Read next: ``trainer.py``, ``sampling.py``.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -11,8 +11,9 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
+from crucible_kitchen.ports.sampling_client import Policy
 from crucible_kitchen.ports.tokenizer import Tokenizer
-from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingStepScope
+from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingStepScope, require_outputs
 from crucible_kitchen.types import (
     AdamParams,
     Datum,
@@ -21,8 +22,10 @@ from crucible_kitchen.types import (
     ForwardResult,
     Loss,
     OptimResult,
+    OutputsLoss,
     SessionInfo,
     StateRef,
+    reads,
 )
 from crucible_kitchen.workers import Lane, PendingResult, Submissions, run_sync
 from crucible_kitchen_torch.accumulate import Accumulation
@@ -146,8 +149,18 @@ class TorchSession:
     async def _call(self, call: Callable[[], Awaitable[R]]) -> R:
         return await (await self.submit(call))
 
-    async def forward(self, datums: Sequence[Datum]) -> PendingResult[ForwardResult]:
+    async def forward(
+        self,
+        datums: Sequence[Datum],
+        *,
+        outputs: Collection[str] = ("logprobs",),
+        top: int = 0,
+        reference: bool = False,
+    ) -> PendingResult[ForwardResult]:
         """See ``TrainingSession``."""
+        require_outputs(self._capabilities, outputs)
+        if reference or top:
+            raise CapabilityError("this session keeps no reference", hint="open it with reference=True")
         return await self.submit(lambda: self._forward(tuple(datums)))
 
     async def _forward(self, datums: Sequence[Datum]) -> ForwardResult:
@@ -180,6 +193,10 @@ class TorchSession:
         self._samplers.append(sampler)
         return sampler
 
+    async def policy(self) -> Policy:
+        """See ``TrainingSession``."""
+        raise CapabilityError("this model takes tokens, not observations", hint="use session.sampler()")
+
     async def export(self, directory: str) -> ExportedModel:
         """See ``TrainingSession``."""
         return await self._call(lambda: self.turns.one(self.trainer.export, directory))
@@ -209,15 +226,18 @@ class StepScope:
         self._calls = []
 
     async def forward_backward(
-        self, datums: Sequence[Datum], loss: str | Loss = "cross_entropy", *, order: int | None = None
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss = "cross_entropy", *, order: int | None = None
     ) -> PendingResult[ForwardBackwardResult]:
         """See ``TrainingStepScope``."""
         self._check()
+        require_outputs(self._session.capabilities, reads(loss))
         if isinstance(loss, str) and loss not in self._session.capabilities.losses:
             raise CapabilityError(f"there is no built-in loss {loss!r}", hint="use cross_entropy or give a Loss object")
         return await self._submit(lambda: self._gradient(tuple(datums), loss, order))
 
-    async def _gradient(self, datums: Sequence[Datum], loss: str | Loss, order: int | None) -> ForwardBackwardResult:
+    async def _gradient(
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss, order: int | None
+    ) -> ForwardBackwardResult:
         trainer = self._session.trainer
         into = self._accumulation
         try:

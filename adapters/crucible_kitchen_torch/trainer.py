@@ -24,6 +24,7 @@ from crucible_kitchen.types import (
     JsonObject,
     Loss,
     OptimResult,
+    OutputsLoss,
     SessionInfo,
     SessionSpec,
     StateRef,
@@ -122,7 +123,7 @@ class Trainer:
         )
 
     def gradient(
-        self, datums: Sequence[Datum], loss: str | Loss, into: Accumulation, order: int | None
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss, into: Accumulation, order: int | None
     ) -> Iterator[ForwardBackwardResult | None]:
         """Add the gradient of the summed loss to an accumulation, one micro-batch per turn; the result comes last.
 
@@ -149,7 +150,7 @@ class Trainer:
         )
 
     def _backward(
-        self, datums: Sequence[Datum], loss: str | Loss | None, batches: Sequence[list[int]] | None = None
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss | None, batches: Sequence[list[int]] | None = None
     ) -> Generator[None, None, Pass]:
         """Compute a gradient, where autograd puts it; given micro-batches are computed without dropout.
 

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from crucible_kitchen.learner.returns import kl_shaped_advantages as kl_shaped_advantages
     from crucible_kitchen.learner.returns import kl_shaped_rewards as kl_shaped_rewards
     from crucible_kitchen.learner.reward import BradleyTerry as BradleyTerry
+    from crucible_kitchen.learner.terms import EntropyBonus as EntropyBonus
+    from crucible_kitchen.learner.terms import Term as Term
+    from crucible_kitchen.learner.terms import WeightedSum as WeightedSum
 
 _HOMES = {
     "advantages": (
@@ -86,6 +89,7 @@ _HOMES = {
     "preference": ("DPO", "IPO", "KTO", "ORPO", "APOZero", "Hinge", "RobustDPO", "SimPO", "kto_reference_point"),
     "returns": ("AdvantageEstimate", "discounted_returns", "gae", "kl_shaped_advantages", "kl_shaped_rewards"),
     "reward": ("BradleyTerry",),
+    "terms": ("EntropyBonus", "Term", "WeightedSum"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)  # noqa: PLE0605 - names are strings
 

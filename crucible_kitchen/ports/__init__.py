@@ -13,7 +13,7 @@ from crucible_kitchen.ports.environment import Environment, EnvironmentGroup, En
 from crucible_kitchen.ports.evaluator import EvalExample, EvalReport, Evaluator, Prediction, Predictor
 from crucible_kitchen.ports.llm_client import ChatReply, LLMClient
 from crucible_kitchen.ports.model_registry import ModelRegistry
-from crucible_kitchen.ports.sampling_client import Sampler, SamplingClient
+from crucible_kitchen.ports.sampling_client import Policy, Sampler, SamplingClient
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.ports.training_client import (
     Pending,
@@ -21,6 +21,8 @@ from crucible_kitchen.ports.training_client import (
     TrainingClient,
     TrainingSession,
     TrainingStepScope,
+    needed_inputs,
+    require_outputs,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "LLMClient",
     "ModelRegistry",
     "Pending",
+    "Policy",
     "Port",
     "Prediction",
     "Predictor",
@@ -51,6 +54,8 @@ __all__ = [
     "TrainingSession",
     "TrainingStepScope",
     "VectorEnvironment",
+    "needed_inputs",
+    "require_outputs",
 ]
 
 

@@ -5,9 +5,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol, runtime_checkable
 
 from crucible_kitchen.ports.tokenizer import Tokenizer
-from crucible_kitchen.types import Array, JsonObject, Sampled, SamplingParams
+from crucible_kitchen.types import Acted, Array, JsonObject, Sampled, SamplingParams
 
-__all__ = ["Sampler", "SamplingClient"]
+__all__ = ["Policy", "Sampler", "SamplingClient"]
 
 
 class Sampler(Protocol):
@@ -46,8 +46,54 @@ class Sampler(Protocol):
         """Return, per sequence of T + 1 tokens, float32 [T]: log-probability of each token given those before it."""
         ...
 
+    async def score(self, sequences: Sequence[Sequence[int]]) -> Array:
+        """Return float32 [N]: what the value head says at the last token of each sequence, a reward model's score.
+
+        Raises:
+            CapabilityError: the model has no value head.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Release the sampler. Idempotent."""
+        ...
+
+
+class Policy(Protocol):
+    """A policy over observations, a snapshot of an ``mlp`` session's weights; the counterpart of ``Sampler``.
+
+    A group of environments that step together is one batch: one call per step. The weights never change under it.
+    """
+
+    @property
+    def version(self) -> int:
+        """Optimizer steps behind these weights."""
+        ...
+
+    async def act(self, observations: Array, uniforms: Array | None = None) -> Acted:
+        """Choose an action for each observation.
+
+        Args:
+            observations: float [G, D].
+            uniforms: float [G] in [0, 1), the caller's random numbers: row g takes the first action whose cumulative
+                probability exceeds ``uniforms[g]``, so that equal numbers give equal actions. None takes the likeliest.
+
+        Raises:
+            BackendUserError: another shape, or an observation that is not finite.
+        """
+        ...
+
+    async def values(self, observations: Array) -> Array:
+        """Return float32 [G]: the value of each observation.
+
+        Raises:
+            CapabilityError: the session has no value head.
+            BackendUserError: see ``act``.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Release the policy. Idempotent."""
         ...
 
 

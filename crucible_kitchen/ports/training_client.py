@@ -1,11 +1,12 @@
 """Port ``training_client``: sessions that train a model one optimizer step at a time."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
-from crucible_kitchen.ports.sampling_client import Sampler
+from crucible_kitchen.errors import CapabilityError
+from crucible_kitchen.ports.sampling_client import Policy, Sampler
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import (
     AdamParams,
@@ -16,12 +17,21 @@ from crucible_kitchen.types import (
     JsonObject,
     Loss,
     OptimResult,
+    OutputsLoss,
     SessionInfo,
     SessionSpec,
     StateRef,
 )
 
-__all__ = ["Pending", "TrainingCapabilities", "TrainingClient", "TrainingSession", "TrainingStepScope"]
+__all__ = [
+    "Pending",
+    "TrainingCapabilities",
+    "TrainingClient",
+    "TrainingSession",
+    "TrainingStepScope",
+    "needed_inputs",
+    "require_outputs",
+]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -47,7 +57,11 @@ class TrainingCapabilities:
         ordered_accumulation: gradients are added in the order of ``order``, whatever the order of arrival.
         lora, full_weights: which trainings are possible.
         sampling, export: whether ``sampler()`` and ``export()`` work.
-        entropy, value_head, topk_logprobs, full_logits: what losses beyond sampled log-probabilities can use.
+        entropy, value_head, topk_logprobs, full_logits: what losses beyond sampled log-probabilities can use, see
+            ``Output``. A session has ``value_head`` only if it was opened with one.
+        reference: ``forward(reference=True)`` works in sessions opened with ``reference``.
+        mlp: the model ``mlp``, a policy over observations, can be trained, and ``policy()`` gives it.
+        shared_prefix: consecutive datums that begin with the same tokens are computed once up to where they part.
         reproducible: equal seeds give equal bits.
         synthetic: numbers are made up.
     """
@@ -65,8 +79,55 @@ class TrainingCapabilities:
     value_head: bool = False
     topk_logprobs: bool = False
     full_logits: bool = False
+    reference: bool = False
+    mlp: bool = False
+    shared_prefix: bool = False
     reproducible: bool = False
     synthetic: bool = False
+
+
+_LACKS: dict[str, tuple[str, str, str]] = {
+    "values": (
+        "value_head",
+        "has no value head",
+        "open the session with value_head=True; without one use advantage=grpo, dr_grpo, rloo or centred",
+    ),
+    "entropy": (
+        "entropy",
+        "does not give the entropy of a whole distribution",
+        "use the loss's own entropy_coef, which estimates it from the sampled tokens",
+    ),
+    "top_logprobs": (
+        "topk_logprobs",
+        "does not give log-probabilities of several tokens per position",
+        "distil on-policy, by the teacher's log-probabilities of sampled tokens, or train on the teacher's samples",
+    ),
+    "logits": (
+        "full_logits",
+        "does not give the scores of every token",
+        "distil on the teacher's top tokens (topk_logprobs), on-policy, or on the teacher's samples",
+    ),
+}
+
+
+def require_outputs(capabilities: TrainingCapabilities, outputs: Collection[str]) -> None:
+    """Check that a backend, or a session, gives these outputs.
+
+    Raises:
+        CapabilityError: it does not give one; the hint names what to use instead.
+    """
+    for output in outputs:
+        lack = _LACKS.get(output)
+        if lack is None and output != "logprobs":
+            raise CapabilityError(f"no model has the output {output!r}", hint=f"outputs: logprobs, {', '.join(_LACKS)}")
+        if lack is not None and not getattr(capabilities, lack[0]):
+            raise CapabilityError(f"this backend or session {lack[1]} (output {output!r})", hint=lack[2])
+
+
+def needed_inputs(outputs: Collection[str]) -> tuple[str, ...]:
+    """Return the loss inputs that a backend itself needs to compute outputs for a loss."""
+    needs = {"logprobs": "target_tokens", "top_logprobs": "teacher_tokens"}
+    return tuple(name for output, name in needs.items() if output in outputs)
 
 
 class TrainingStepScope(Protocol):
@@ -78,7 +139,7 @@ class TrainingStepScope(Protocol):
         ...
 
     async def forward_backward(
-        self, datums: Sequence[Datum], loss: str | Loss = "cross_entropy", *, order: int | None = None
+        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss = "cross_entropy", *, order: int | None = None
     ) -> Pending[ForwardBackwardResult]:
         """Add the gradient of the *sum* of the loss over ``datums`` to this step's accumulation.
 
@@ -86,7 +147,7 @@ class TrainingStepScope(Protocol):
         place of this gradient in the sum whatever the order of arrival.
 
         Raises:
-            CapabilityError: the backend has no such loss and cannot emulate it.
+            CapabilityError: the backend has no such loss and cannot emulate it, or lacks an output that it reads.
             BackendUserError: a datum lacks an input of the loss, or has a token outside the vocabulary.
         """
         ...
@@ -115,7 +176,11 @@ class TrainingSession(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            CapabilityError: the model takes observations.
+        """
         ...
 
     @property
@@ -138,8 +203,26 @@ class TrainingSession(Protocol):
         """
         ...
 
-    async def forward(self, datums: Sequence[Datum]) -> Pending[ForwardResult]:
-        """Compute target log-probabilities without gradient."""
+    async def forward(
+        self,
+        datums: Sequence[Datum],
+        *,
+        outputs: Collection[str] = ("logprobs",),
+        top: int = 0,
+        reference: bool = False,
+    ) -> Pending[ForwardResult]:
+        """Compute outputs of the model without gradient.
+
+        Args:
+            datums: what to compute; only ``logprobs`` needs targets.
+            outputs: which, see ``crucible_kitchen.types.Output``.
+            top: k of ``top_logprobs``, 1 or more where those are asked for.
+            reference: under the weights as they were when the session was opened, with ``SessionSpec.reference``.
+
+        Raises:
+            CapabilityError: the session does not give one of the outputs, or keeps no reference.
+            BackendUserError: see ``TrainingStepScope.forward_backward``; or ``top`` does not fit.
+        """
         ...
 
     async def save_state(self, name: str) -> Pending[StateRef]:
@@ -166,7 +249,19 @@ class TrainingSession(Protocol):
         ...
 
     async def sampler(self) -> Sampler:
-        """Return a sampler of the weights as they are now; later steps do not change it. Closed with the session."""
+        """Return a sampler of the weights as they are now; later steps do not change it. Closed with the session.
+
+        Raises:
+            CapabilityError: the backend does not sample, or the model takes observations: see ``policy``.
+        """
+        ...
+
+    async def policy(self) -> Policy:
+        """Return the policy as it is now, of a session on ``mlp``; later steps do not change it.
+
+        Raises:
+            CapabilityError: the model takes tokens: see ``sampler``.
+        """
         ...
 
     async def export(self, directory: str) -> ExportedModel:

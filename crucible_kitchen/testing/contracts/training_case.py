@@ -22,6 +22,7 @@ from crucible_kitchen.types import (
     Loss,
     LossValue,
     OptimResult,
+    OutputsLoss,
     SessionSpec,
     StateRef,
 )
@@ -58,10 +59,20 @@ class TrainingClientCase:
         """The client."""
         return self.client
 
-    def session(self, seed: int = 1) -> AbstractAsyncContextManager[TrainingSession]:
+    def session(
+        self, seed: int = 1, *, value_head: bool = False, reference: bool = False
+    ) -> AbstractAsyncContextManager[TrainingSession]:
         """Open a session; sessions of one seed are equal."""
-        directory = str(self.directory / "states")
-        return self.client.open_session(SessionSpec(self.model, self.lora, seed, directory, run_id="contract"))
+        spec = SessionSpec(
+            self.model,
+            self.lora,
+            seed,
+            str(self.directory / "states"),
+            run_id="contract",
+            value_head=value_head,
+            reference=reference,
+        )
+        return self.client.open_session(spec)
 
     def optimizer(self, **changes: float) -> AdamParams:
         """Return AdamW whose update grows with the gradient (a large epsilon), so that its scale is seen."""
@@ -104,7 +115,7 @@ async def train(
     calls: Sequence[Sequence[Datum]],
     params: AdamParams,
     *,
-    loss: str | Loss = "cross_entropy",
+    loss: str | Loss | OutputsLoss = "cross_entropy",
     scale: float = 1.0,
 ) -> OptimResult:
     """Make one optimizer step of the calls' sum."""

@@ -1,6 +1,7 @@
 """The contract of port ``training_client``: gradients are sums, steps are counted, scales are kept.
 
-The other half (states, samplers, lifetimes) is in ``training_session``; importing this module gives the whole suite.
+States, samplers and lifetimes are in ``training_session``, what a model says beyond log-probabilities is in
+``training_outputs``; importing this module gives the whole suite.
 Knows no adapter. Read next: ``crucible_kitchen.testing.contracts.training_session``.
 """
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from crucible_kitchen.errors import BackendUserError, CapabilityError, ModelNotFound, NonFiniteLoss
 from crucible_kitchen.ports import TrainingSession
-from crucible_kitchen.testing.contracts import training_session
+from crucible_kitchen.testing.contracts import training_outputs, training_session
 from crucible_kitchen.testing.contracts.base import refuses, same_bits, skip
 from crucible_kitchen.testing.contracts.training_case import (
     TRAINING_CLIENT,
@@ -25,7 +26,7 @@ from crucible_kitchen.testing.contracts.training_case import (
 )
 from crucible_kitchen.types import Array, Datum, Float64Array, Loss, LossValue, SessionSpec
 
-__all__ = ["TRAINING_CLIENT", "TrainingClientCase", "training_session"]
+__all__ = ["TRAINING_CLIENT", "TrainingClientCase", "training_outputs", "training_session"]
 
 
 @TRAINING_CLIENT

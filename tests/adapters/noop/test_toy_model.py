@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crucible_kitchen.types import AdamParams, LoraSpec, SamplingParams
+from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SamplingParams
 from crucible_kitchen_noop.model import Accumulation, BigramModel, token_logprobs
+from crucible_kitchen_noop.outputs import Weights, backward, compute
 from crucible_kitchen_noop.sampler import NoopSampler
 from crucible_kitchen_noop.tokenizer import ByteTokenizer
 
@@ -25,9 +26,10 @@ def test_the_gradient_is_the_derivative(lora):
     for weight in model.weights.values():
         weight += rng.normal(0, 0.3, weight.shape)
     weights = rng.normal(size=4)
-    d_table = np.zeros((V, V))
-    model.backward(model.table(), TOKENS, TARGETS, weights, d_table)
-    for name, gradient in model.gradients(d_table).items():
+    datum = Datum({"tokens": TOKENS}, {"target_tokens": TARGETS})
+    found = np.zeros((V, V + 1))
+    backward(Weights(model.table()), datum, {"logprobs": weights}, found)
+    for name, gradient in model.gradients(found).items():
         for place in np.ndindex(gradient.shape):
             kept = model.weights[name][place]
             model.weights[name][place] = kept + 1e-6
@@ -36,6 +38,26 @@ def test_the_gradient_is_the_derivative(lora):
             below = total(model, weights)
             model.weights[name][place] = kept
             assert abs((above - below) / 2e-6 - gradient[place]) < 1e-8
+
+
+@pytest.mark.parametrize("output", ["logprobs", "values", "entropy", "top_logprobs", "logits"])
+def test_the_derivative_of_every_output_is_right(output):
+    rng = np.random.default_rng(1)
+    table, values = rng.normal(size=(V, V)), rng.normal(size=V)
+    teacher = rng.integers(0, V, (4, 3))
+    datum = Datum({"tokens": TOKENS}, {"target_tokens": TARGETS, "teacher_tokens": teacher})
+    slopes = rng.normal(size=compute(Weights(table, values), datum, [output])[output].shape)
+    found = np.zeros((V, V + 1))
+    backward(Weights(table, values), datum, {output: slopes}, found)
+    packed = np.concatenate([table, values[:, None]], axis=1)
+
+    def summed(changed):
+        return float((slopes * compute(Weights(changed[:, :-1], changed[:, -1]), datum, [output])[output]).sum())
+
+    for place in np.ndindex(packed.shape):
+        step = np.zeros_like(packed)
+        step[place] = 1e-6
+        assert abs((summed(packed + step) - summed(packed - step)) / 2e-6 - found[place]) < 1e-8
 
 
 def test_the_optimizer_is_the_adamw_of_torch():
