@@ -45,6 +45,12 @@ class RunConfig(BaseModel):
     grace: float = Field(default=30.0, gt=0)
     """Seconds a resource gets to close before it is cancelled."""
 
+    stall_after: float = Field(default=600.0, ge=0)
+    """Seconds without any movement after which the run tells what everything waits for; 0 never does."""
+
+    on_stall: Literal["warn", "abort"] = "warn"
+    """``abort``: a run that stalls ends as failed, with what it waited for."""
+
     durability: Literal["sync", "behind"] = "sync"
     """``sync``: a stage's record is on disk before the next stage begins. ``behind``: at most 100 ms later."""
 

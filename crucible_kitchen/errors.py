@@ -49,7 +49,8 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── StorageFull (OSError)            store.full
     │   ├── IntegrityError                   store.integrity
     │   └── Conflict                         store.conflict
-    └── RunCancelled                         run.cancelled
+    ├── RunCancelled                         run.cancelled
+    └── RunStalled (TimeoutError)            run.stalled
 
 Catch a family by its class, decide by ``code``, never by the text of a message. To add one: subclass the family it
 belongs to and the closest class of the standard library, give it a ``code``, and draw it here.
@@ -88,6 +89,7 @@ __all__ = [
     "RowError",
     "RunCancelled",
     "RunNotFound",
+    "RunStalled",
     "SandboxUnavailable",
     "SequenceTooLong",
     "SessionLost",
@@ -461,3 +463,12 @@ class RunCancelled(CrucibleError):
     """Raised by ``wait()`` of a run that was cancelled."""
 
     code = "run.cancelled"
+
+
+class RunStalled(CrucibleError, TimeoutError):
+    """Raised when nothing of a run moved for ``stall_after`` seconds and its config says to end it then.
+
+    The message names what everything waited for, and since when.
+    """
+
+    code = "run.stalled"

@@ -4,7 +4,7 @@ An event carries measurements (numbers) and metadata (words), named as in ``cruc
 is made from this file. It knows no sink and no store. Read next: ``crucible_kitchen.telemetry``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ __all__ = [
     "StageErrored",
     "StageStart",
     "StageStop",
+    "StallDetected",
     "TrainingCheckpoint",
     "TrainingEpoch",
     "TrainingStep",
@@ -136,6 +137,18 @@ class StageErrored(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StallDetected(Event):
+    """Nothing moved for ``stalled_s`` seconds; ``culprit`` says what everything waits for, ``waits`` all who wait."""
+
+    name: ClassVar[str] = "run.stalled"
+    measurements: ClassVar[tuple[str, ...]] = ("stalled_s",)
+    stalled_s: float
+    culprit: str
+    policy: str
+    waits: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataPrepared(Event):
     """A dataset was rendered into tokens. ``truncated`` counts rows cut at the context."""
 
@@ -227,6 +240,7 @@ for _cls in (
     StageStart,
     StageStop,
     StageErrored,
+    StallDetected,
     DataPrepared,
     TrainingStep,
     TrainingEpoch,

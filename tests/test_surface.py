@@ -78,6 +78,7 @@ EVENTS = {  # name: measurements | metadata
     "stage.start": "| stage recipe path attempt",
     "stage.stop": "duration_s | stage recipe path",
     "stage.error": "duration_s | stage recipe path attempt code message action",
+    "run.stalled": "stalled_s | culprit policy waits",
     "data.prepared": "rows tokens trained_tokens truncated steps | dataset fingerprint",
     "training.step": "loss lr tokens_per_sec grad_norm | step epoch total_steps",
     "training.epoch": "avg_loss | epoch steps",
@@ -165,14 +166,16 @@ ERROR_CODES = {
     "IntegrityError": "store.integrity",
     "Conflict": "store.conflict",
     "RunCancelled": "run.cancelled",
+    "RunStalled": "run.stalled",
 }
 
 SUPERVISED_KEYS = """
     batch_size beta1 beta2 chat_template dataset dataset_options dataset_size durability early_stopping epochs eps
-    eval_at_start eval_average eval_every eval_labels eval_max_tokens eval_size eval_split fields grace grad_clip_norm
-    gradient_accumulation holdout learning_rate lora_alpha lora_dropout lora_rank lora_targets lr_end lr_power
-    lr_schedule max_length max_steps model on_failure on_too_long parent_model register_as save_best save_every seed
-    shuffle split stage_timeout system_prompt template train_on warmup weight_decay
+    eval_at_start eval_average eval_every eval_labels eval_max_tokens eval_size eval_split fields grace
+    grad_clip_norm gradient_accumulation holdout learning_rate lora_alpha lora_dropout lora_rank lora_targets lr_end
+    lr_power lr_schedule max_length max_steps model on_failure on_stall on_too_long parent_model register_as
+    save_best save_every seed shuffle split stage_timeout stall_after system_prompt template train_on warmup
+    weight_decay
 """
 
 SUPERVISED_STATE = {"eval_results", "registered_model"}

@@ -4,6 +4,7 @@ Its calls run one after the other in the session's task group, on the event loop
 exports touch files. Read next: ``crucible_kitchen_noop.model``.
 """
 
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -239,6 +240,7 @@ class NoopSession:
         if self._closed:
             raise SessionLost("the session is closed")
 
+        @functools.wraps(call)
         async def run() -> R:
             await anyio.sleep(self._latency)
             return await call()

@@ -11,9 +11,9 @@ from crucible_kitchen.actors.spec import Restarts as Restarts
 from crucible_kitchen.actors.spec import SupervisorSpec as SupervisorSpec
 from crucible_kitchen.actors.statistics import ActorStatistics as ActorStatistics
 from crucible_kitchen.actors.statistics import Quarantined as Quarantined
-from crucible_kitchen.actors.statistics import Waiting as Waiting
 from crucible_kitchen.actors.supervisor import Supervisor as Supervisor
 from crucible_kitchen.actors.supervisor import supervise as supervise
+from crucible_kitchen.waits import Waiting as Waiting
 
 __all__ = [
     "Actor",

@@ -5,15 +5,14 @@ It decides nothing about restarts. Read next: ``crucible_kitchen.actors.supervis
 
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 
 from crucible_kitchen.actors.actor import Actor
 from crucible_kitchen.actors.mailbox import Envelope, Mailbox
-from crucible_kitchen.actors.ref import current_path
 from crucible_kitchen.actors.spec import ChildSpec
-from crucible_kitchen.actors.statistics import ActorStatistics, Cause, Quarantined, State, Waiting
+from crucible_kitchen.actors.statistics import ActorStatistics, Quarantined, State
 from crucible_kitchen.errors import (
     ActorError,
     ActorRestarted,
@@ -22,6 +21,7 @@ from crucible_kitchen.errors import (
     CrucibleError,
     MessageQuarantined,
 )
+from crucible_kitchen.waits import Cause, Waiting, place, standing, task_getter
 
 if TYPE_CHECKING:
     from crucible_kitchen.actors.supervisor import Supervisor
@@ -205,7 +205,8 @@ class Cell(Generic[M, R]):
             "idle": "message", "busy": "handler", "starting": "start", "stopping": "stop", "down": "restart",
         }  # fmt: skip
         if (cause := causes.get(self.state)) is not None:
-            yield Waiting(self.path, cause, "", self.incarnation.since if self.incarnation else self.down_since)
+            since = self.incarnation.since if self.incarnation else self.down_since
+            yield Waiting(self.path, cause, "", since, standing(self.incarnation.task) if self.incarnation else "")
         current = self.incarnation.current if self.incarnation else None
         for envelope in (current, self.mailbox.returned, *self.mailbox.queue):
             if envelope is not None and envelope.expects_reply and envelope.wanted:
@@ -226,6 +227,7 @@ class Incarnation(Generic[M, R]):
         self.phase: State = "starting"
         self.current: Envelope[M, R] | None = None
         self.since = cell.loop.time()
+        self.task: Any = None
         self.halting = False
         self._cut = False
         self._cell = cell
@@ -237,7 +239,8 @@ class Incarnation(Generic[M, R]):
 
     async def run(self) -> None:
         """Live, and report how it ended unless it was told to end."""
-        current_path.set(self._cell.path)
+        place.set(self._cell.path)
+        self.task = task_getter()()
         try:
             with self._outer:
                 await self._live()

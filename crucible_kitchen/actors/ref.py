@@ -3,21 +3,19 @@
 Read next: ``crucible_kitchen.actors.mailbox``.
 """
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from crucible_kitchen.actors.loop import Signal
 from crucible_kitchen.actors.mailbox import Envelope
+from crucible_kitchen.waits import place
 
 if TYPE_CHECKING:
     from crucible_kitchen.actors.cell import Cell
 
-__all__ = ["ActorRef", "Reply", "current_path"]
+__all__ = ["ActorRef", "Reply"]
 
 M = TypeVar("M")
 R = TypeVar("R")
-
-current_path: ContextVar[str | None] = ContextVar("crucible_actor", default=None)
 
 
 class Reply(NamedTuple, Generic[R]):
@@ -88,7 +86,7 @@ class ActorRef(Generic[M, R]):
             ActorStopped: the actor has stopped.
         """
         cell = self._cell
-        envelope: Envelope[M, R] = Envelope(message, cell.loop.time(), current_path.get())
+        envelope: Envelope[M, R] = Envelope(message, cell.loop.time(), place.get())
         if not cell.mailbox.put(envelope):
             envelope.settled = settled = cell.loop.signal()
             await self._until_settled(envelope, settled)
@@ -102,7 +100,7 @@ class ActorRef(Generic[M, R]):
 
     def _send(self, message: M, epoch: int | None, settled: Signal) -> Envelope[M, R]:
         cell = self._cell
-        envelope: Envelope[M, R] = Envelope(message, cell.loop.time(), current_path.get())
+        envelope: Envelope[M, R] = Envelope(message, cell.loop.time(), place.get())
         envelope.expects_reply, envelope.settled = True, settled
         if epoch is not None:
             envelope.only = epoch

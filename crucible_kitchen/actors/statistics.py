@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["ActorStatistics", "Cause", "Quarantined", "State", "Waiting"]
+__all__ = ["ActorStatistics", "Quarantined", "State"]
 
 State: TypeAlias = Literal["starting", "idle", "busy", "stopping", "down", "stopped"]
-Cause: TypeAlias = Literal["message", "handler", "reply", "room", "start", "stop", "restart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +37,6 @@ class ActorStatistics:
     stale: int
     last_error: Exception | None
     busy_since: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """One edge of who waits for what.
-
-    Attributes:
-        who: path of an actor; empty for a task outside the tree.
-        cause: ``message``: its mailbox is empty; ``handler``: its own ``handle`` awaits something; ``reply``, ``room``:
-            the reply of ``whom``, room in the mailbox of ``whom``; ``start``, ``stop``: its own hook; ``restart``: the
-            end of its back-off.
-        whom: path of the actor it waits for; empty if it is none.
-        since: when that began, on the event loop's clock.
-    """
-
-    who: str
-    cause: Cause
-    whom: str
-    since: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from crucible_kitchen.actors.cell import Cell, describe
 from crucible_kitchen.actors.loop import Loop
 from crucible_kitchen.actors.ref import ActorRef
 from crucible_kitchen.actors.spec import ChildSpec, Spec, SupervisorSpec, Window
-from crucible_kitchen.actors.statistics import ActorStatistics, Quarantined, Waiting
+from crucible_kitchen.actors.statistics import ActorStatistics, Quarantined
 from crucible_kitchen.errors import ActorError, ActorStopped, CleanupError, ConfigError, TooManyRestarts
+from crucible_kitchen.waits import Waiting, sourced
 
 __all__ = ["Supervisor", "supervise"]
 
@@ -155,6 +156,11 @@ class Supervisor:
     def waiting(self) -> tuple[Waiting, ...]:
         """Return who waits for what, and since when: what every actor below waits for, and who waits for them."""
         return tuple(edge for cell in self._cells() for edge in cell.waits())
+
+    @property
+    def moves(self) -> int:
+        """A number that changes whenever an actor below handled a message, was started or died."""
+        return sum(cell.handled + cell.quarantined + cell.epoch for cell in self._cells())
 
     def _cells(self) -> Iterator[Cell[Any, Any]]:
         for child in self._children.values():
@@ -356,7 +362,8 @@ async def supervise(
             ended_well = False
             try:
                 await root.until_ready()
-                yield root
+                with sourced(root):
+                    yield root
                 ended_well = True
             except Exception as error:  # noqa: BLE001 - raised again below, outside the task group
                 failure = error

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from crucible_kitchen.events import Event, EventRecord, WorkflowStop
+from crucible_kitchen.waits import waiting
 
 __all__ = ["EventLog", "Journal"]
 
@@ -97,7 +98,8 @@ class EventLog:
         Raises:
             StoreError: the journal can no longer be written.
         """
-        await self._journal.flush(self.run_id, self._seq)
+        with waiting("log", self.run_id):
+            await self._journal.flush(self.run_id, self._seq)
 
     async def drain(self) -> None:
         """Return once few enough records wait to be written; for producers that never ``sync``."""

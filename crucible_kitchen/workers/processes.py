@@ -22,6 +22,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from crucible_kitchen.errors import WorkerDied, WorkerRaised, WorkerTimeout
 from crucible_kitchen.types import Json
+from crucible_kitchen.waits import waiting
 from crucible_kitchen.workers import child
 from crucible_kitchen.workers.threads import is_inline
 from crucible_kitchen.workers.tree import end_tree
@@ -90,7 +91,8 @@ class ProcessLane:
             limit = self._timeout if timeout is None else timeout
             try:
                 await self._ensure_started()
-                return await self._ask(function, request, limit)
+                with waiting("process", f"{self._name}: {function}"):
+                    return await self._ask(function, request, limit)
             except WorkerRaised:
                 raise
             except BaseException:

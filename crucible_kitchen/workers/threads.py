@@ -19,6 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from crucible_kitchen.errors import SessionLost
+from crucible_kitchen.waits import waiting
 
 __all__ = ["Lane", "PendingResult", "Submissions", "inline", "is_inline", "run_sync", "waker"]
 
@@ -51,7 +52,13 @@ async def run_sync(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if _inline.get():
         await anyio.lowlevel.checkpoint()
         return fn(*args, **kwargs)
-    return await anyio.to_thread.run_sync(lambda: fn(*args, **kwargs))
+    with waiting("thread", _called(fn)):
+        return await anyio.to_thread.run_sync(lambda: fn(*args, **kwargs))
+
+
+def _called(fn: Callable[..., Any]) -> str:
+    """Return the name of what is called; of a function made inside another, that one's."""
+    return getattr(fn, "__qualname__", type(fn).__name__).partition(".<locals>")[0]
 
 
 class _Call:
@@ -128,7 +135,8 @@ class Lane:
         call = _Call(lambda: fn(*args, **kwargs))
         self._calls.put(call)
         try:
-            await call.done.wait()
+            with waiting("thread", f"{self._name}: {_called(fn)}"):
+                await call.done.wait()
         except BaseException:
             call.abandoned = True
             raise
@@ -226,7 +234,8 @@ class Submissions:
         try:
             if previous is not None:
                 await previous._done.wait()
-            pending._value = await call()
+            with waiting("call", _called(call)):
+                pending._value = await call()
             pending._error = None
         except Exception as error:  # noqa: BLE001 - carried to whoever awaits
             pending._error = error

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -29,6 +30,7 @@ from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.run import Run, RunContext, seed_of
 from crucible_kitchen.workflow.stage import Resource, Step, Unset
+from crucible_kitchen.workflow.watchdog import watched
 
 __all__ = ["execute"]
 
@@ -51,7 +53,8 @@ async def execute(
         CrucibleError: the first failure in time, with the stage's path; what failed after it is in its notes. A run
             that was cancelled raises the cancellation, unless it had failed before, or a stage failed in reaction.
     """
-    return await _Engine(config, adapters, context).run(workflow)
+    engine = _Engine(config, adapters, context)
+    return await watched(partial(engine.run, workflow), config, context)
 
 
 class _Engine:

@@ -11,6 +11,7 @@ import anyio
 
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import StageFailed
+from crucible_kitchen.waits import waiting
 from crucible_kitchen.workflow.failures import as_ours
 from crucible_kitchen.workflow.nodes import Node, Positioned, When
 from crucible_kitchen.workflow.resources import LiveResource
@@ -84,7 +85,8 @@ async def each(items: Any, path: str) -> AsyncGenerator[Any, None]:
         try:
             while True:
                 try:
-                    item = await anext(iterator)
+                    with waiting("item", path):
+                        item = await anext(iterator)
                 except StopAsyncIteration:
                     return
                 except Exception as error:  # noqa: BLE001 - user code; raised again with its place

@@ -11,6 +11,7 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import CleanupError, StageFailed, StageTimeout
+from crucible_kitchen.waits import waiting
 from crucible_kitchen.workflow.failures import cause_of, first_of, says
 
 __all__ = ["LiveResource"]
@@ -114,7 +115,8 @@ class LiveResource:
             if self._closing.is_set():  # given up before it began
                 return
             try:
-                self._value = await anext(self._generator)
+                with waiting("open"):
+                    self._value = await anext(self._generator)
             except StopAsyncIteration:
                 raise StageFailed("is a resource but did not yield", hint="yield the live thing once") from None
             self._yielded = True
@@ -130,7 +132,8 @@ class LiveResource:
 
     async def _finish(self) -> None:
         try:
-            await anext(self._generator)
+            with waiting("close"):
+                await anext(self._generator)
         except StopAsyncIteration:
             return
         raise StageFailed("is a resource but yielded twice", hint="yield the live thing once")

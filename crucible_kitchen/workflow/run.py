@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from crucible_kitchen.events import Event, EventRecord, StageErrored, StageStart, StageStop, WarningRaised, WorkflowStop
+from crucible_kitchen.events import (
+    Event,
+    EventRecord,
+    StageErrored,
+    StageStart,
+    StageStop,
+    StallDetected,
+    WarningRaised,
+    WorkflowStop,
+)
 from crucible_kitchen.types import BlobRef, JsonObject
+from crucible_kitchen.waits import Waits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +30,7 @@ __all__ = ["Recorder", "Run", "RunContext", "StateView"]
 
 T = TypeVar("T")
 
-_STRUCTURE = (StageStart, StageStop, StageErrored, WorkflowStop)
+_STRUCTURE = (StageStart, StageStop, StageErrored, StallDetected, WorkflowStop)
 """Events whose durations describe the run, not the model."""
 
 
@@ -53,6 +63,7 @@ class RunContext:
         manifest: facts for lineage: config hash, versions, adapters and their capabilities.
         artifacts: what the run produced, in order.
         metrics: the last value of each measurement, ``"training.step.loss"``.
+        waits: who waits for what, while the run is under way.
     """
 
     id: str
@@ -63,12 +74,23 @@ class RunContext:
     manifest: JsonObject = field(default_factory=dict)
     artifacts: list[BlobRef] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    waits: Waits | None = None
 
     def emit(self, event: Event) -> EventRecord:
         """Append an event to the log and keep its measurements as the run's latest."""
+        if self.waits is not None:
+            self._account(self.waits, event)
         for name in () if isinstance(event, _STRUCTURE) else event.measurements:
             self.metrics[f"{event.name}.{name}"] = getattr(event, name)
         return self.recorder.emit(event)
+
+    def _account(self, waits: Waits, event: Event) -> None:
+        """Tell the account of waits which stages are under way; whatever happens is a movement."""
+        waits.count += 1
+        if isinstance(event, StageStart):
+            waits.began(event.path)
+        elif isinstance(event, (StageStop, StageErrored)):
+            waits.ended(event.path)
 
 
 @dataclass(frozen=True, slots=True)
