@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "HeldOutConfig",
     "ModelConfig",
     "OptimConfig",
     "RegistryConfig",
@@ -190,8 +191,8 @@ class CheckpointConfig(RunConfig):
     """Save the training state every so many optimizer steps; 0: only where something else asks for it."""
 
 
-class EvalConfig(RunConfig):
-    """When and how the model is measured on rows it was not trained on."""
+class HeldOutConfig(RunConfig):
+    """When a model is measured on rows it was not trained on, and what follows from it."""
 
     eval_split: str = ""
     """The split to evaluate on; unset: ``test``, then ``validation``, then the held-out share."""
@@ -205,15 +206,6 @@ class EvalConfig(RunConfig):
     eval_at_start: bool = False
     """Also evaluate before the first step."""
 
-    eval_max_tokens: int = Field(default=64, ge=1)
-    """Longest answer that is generated."""
-
-    eval_labels: tuple[str, ...] = ()
-    """Candidate labels: the likeliest is the answer; empty: the answer is generated and compared."""
-
-    eval_average: Literal["macro", "micro", "weighted"] = "macro"
-    """Which average ``precision``, ``recall`` and ``f1`` stand for."""
-
     early_stopping: int = Field(default=0, ge=0)
     """Stop after so many evaluations without a better accuracy; 0 never stops early."""
 
@@ -225,6 +217,19 @@ class EvalConfig(RunConfig):
         if (self.save_best or self.early_stopping) and not self.eval_every:
             raise ValueError("save_best and early_stopping need eval_every")
         return self
+
+
+class EvalConfig(HeldOutConfig):
+    """How a model is asked held-out questions."""
+
+    eval_max_tokens: int = Field(default=64, ge=1)
+    """Longest answer that is generated."""
+
+    eval_labels: tuple[str, ...] = ()
+    """Candidate labels: the likeliest is the answer; empty: the answer is generated and compared."""
+
+    eval_average: Literal["macro", "micro", "weighted"] = "macro"
+    """Which average ``precision``, ``recall`` and ``f1`` stand for."""
 
 
 class RegistryConfig(RunConfig):

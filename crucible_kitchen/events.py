@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 __all__ = [
     "EVENTS",
     "DataPrepared",
+    "DpoDatasetBuilt",
+    "DpoEvaluated",
+    "DpoStep",
     "EvalComplete",
     "Event",
     "EventRecord",
@@ -214,6 +217,52 @@ class EvalComplete(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DpoDatasetBuilt(Event):
+    """Comparisons were rendered: pairs (or single answers) kept, and those left out, by reason in ``flaws``."""
+
+    name: ClassVar[str] = "dpo.dataset_built"
+    measurements: ClassVar[tuple[str, ...]] = ("num_pairs", "num_batches", "dropped", "truncated")
+    num_pairs: int
+    num_batches: int
+    batch_size: int
+    dropped: int = 0
+    truncated: int = 0
+    flaws: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoStep(Event):
+    """One optimizer step on comparisons: means over its pairs (single answers with ``kto``)."""
+
+    name: ClassVar[str] = "dpo.step"
+    measurements: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "chosen_reward", "rejected_reward", "margin")
+    step: int
+    loss: float
+    accuracy: float
+    chosen_reward: float
+    rejected_reward: float
+    margin: float
+    beta: float
+    num_pairs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoEvaluated(Event):
+    """Held-out comparisons were scored: means over ``num_pairs`` of them."""
+
+    name: ClassVar[str] = "dpo.evaluated"
+    measurements: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "chosen_reward", "rejected_reward", "margin")
+    step: int
+    loss: float
+    accuracy: float
+    chosen_reward: float
+    rejected_reward: float
+    margin: float
+    num_pairs: int
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRegistered(Event):
     """A model version was registered; ``model_name`` is the name that upstream calls ``name``."""
 
@@ -246,6 +295,9 @@ for _cls in (
     TrainingEpoch,
     TrainingCheckpoint,
     EvalComplete,
+    DpoDatasetBuilt,
+    DpoStep,
+    DpoEvaluated,
     ModelRegistered,
     WarningRaised,
 ):

@@ -270,6 +270,25 @@ class TokenizedDataset:
         return Datum.from_tokens(self.tokens[span].astype(np.int64), self.weights[span], self.key(i))
 
     @classmethod
+    def of(cls, split: str, kept: Sequence[tuple[int, Rendered]], *, dropped: int = 0) -> "TokenizedDataset":
+        """Return rendered rows, each with its index in the dataset, compactly.
+
+        Args:
+            split: of the rows' keys.
+            kept: the rows.
+            dropped: how many rows were left out.
+        """
+        return cls(
+            split,
+            np.array([token for _, item in kept for token in item.tokens], np.int32),
+            np.array([weight for _, item in kept for weight in item.weights], np.bool_),
+            np.cumsum([0, *(len(item.tokens) for _, item in kept)], dtype=np.int64),
+            np.array([index for index, _ in kept], np.int64),
+            sum(item.truncated for _, item in kept),
+            dropped,
+        )
+
+    @classmethod
     def join(cls, parts: Sequence["TokenizedDataset"]) -> "TokenizedDataset":
         """Return the parts, of one split and in this order, as one; at least one part."""
         shifts = np.cumsum([0, *(part.token_count for part in parts)])
@@ -315,15 +334,7 @@ def tokenize(
         rendered = render(example, tokenizer, config, context_length=context_length)
         if rendered is not None:
             kept.append((index, rendered))
-    return TokenizedDataset(
-        config.split if split is None else split,
-        np.array([token for _, item in kept for token in item.tokens], np.int32),
-        np.array([weight for _, item in kept for weight in item.weights], np.bool_),
-        np.cumsum([0, *(len(item.tokens) for _, item in kept)], dtype=np.int64),
-        np.array([index for index, _ in kept], np.int64),
-        sum(item.truncated for _, item in kept),
-        count - len(kept),
-    )
+    return TokenizedDataset.of(config.split if split is None else split, kept, dropped=count - len(kept))
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> IntArray:

@@ -4,14 +4,14 @@ It knows the shapes that datasets of the field have, no tokenizer and no file.
 Read next: ``crucible_kitchen.rendering``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crucible_kitchen.errors import ConfigError, RowError
 from crucible_kitchen.types import Message, Row
 
-__all__ = ["FIELDS", "PAIRS", "ROLES", "Example", "read_row"]
+__all__ = ["FIELDS", "PAIRS", "ROLES", "Example", "check_fields", "messages_of", "read_row", "shape_hint", "text_of"]
 
 PAIRS = (
     ("prompt", ("completion", "response")),
@@ -61,20 +61,29 @@ def read_row(row: Row, fields: Mapping[str, str], index: int = 0) -> Example:
         ConfigError: ``fields`` maps a name that is none of ours.
         RowError: a field is missing or of the wrong kind.
     """
-    unknown = sorted(set(fields) - set(FIELDS))
-    if unknown:
-        raise ConfigError(f"config key 'fields' maps {unknown[0]!r}", hint=f"what can be mapped: {', '.join(FIELDS)}")
+    check_fields(fields, FIELDS)
     labels = _labels(row, fields, index)
     conversation = _conversation_key(row, fields)
     if conversation is not None:
-        return Example(index, messages=_messages(row, conversation, index), labels=labels)
+        return Example(index, messages=messages_of(row, conversation, index), labels=labels)
     pair = _pair_keys(row, fields)
     if pair is not None:
         return _pair(row, *pair, fields.get("context", ""), index, labels)
     key = fields.get("text", "text")
     if key not in row and "text" not in fields:
-        raise RowError(index, _first_missing(row), "is missing", hint=_shape_hint(row))
-    return Example(index, completion=_text(row, key, index), labels=labels, is_text=True)
+        raise RowError(index, _first_missing(row), "is missing", hint=shape_hint(row))
+    return Example(index, completion=text_of(row, key, index), labels=labels, is_text=True)
+
+
+def check_fields(fields: Mapping[str, str], known: Sequence[str]) -> None:
+    """Check that the config key ``fields`` maps names of ours only.
+
+    Raises:
+        ConfigError: it maps something else.
+    """
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ConfigError(f"config key 'fields' maps {unknown[0]!r}", hint=f"what can be mapped: {', '.join(known)}")
 
 
 def _conversation_key(row: Row, fields: Mapping[str, str]) -> str | None:
@@ -98,21 +107,26 @@ def _pair_keys(row: Row, fields: Mapping[str, str]) -> tuple[str, str] | None:
 
 def _pair(row: Row, prompt: str, completion: str, context: str, index: int, labels: tuple[str, ...]) -> Example:
     if isinstance(row.get(prompt), list) and isinstance(row.get(completion), list):
-        messages = _messages(row, prompt, index) + _messages(row, completion, index)
+        messages = messages_of(row, prompt, index) + messages_of(row, completion, index)
         return Example(index, messages=messages, labels=labels)
-    text = _text(row, prompt, index)
+    text = text_of(row, prompt, index)
     usual = ("input", "context") if prompt == "instruction" else ()
     context = context or next((key for key in usual if row.get(key)), "")
     if context and row.get(context):
-        text = f"{text}\n\n{_text(row, context, index)}"
-    return Example(index, prompt=text, completion=_text(row, completion, index), labels=labels)
+        text = f"{text}\n\n{text_of(row, context, index)}"
+    return Example(index, prompt=text, completion=text_of(row, completion, index), labels=labels)
 
 
-def _text(row: Row, key: str, index: int) -> str:
+def text_of(row: Row, key: str, index: int) -> str:
+    """Return a field that has to be text.
+
+    Raises:
+        RowError: it is missing or something else.
+    """
     if key not in row or row[key] is None:
-        raise RowError(index, key, "is missing", hint=_shape_hint(row))
+        raise RowError(index, key, "is missing", hint=shape_hint(row))
     if not isinstance(row[key], str):
-        raise RowError(index, key, f"should be text, is {type(row[key]).__name__}", hint=_shape_hint(row))
+        raise RowError(index, key, f"should be text, is {type(row[key]).__name__}", hint=shape_hint(row))
     return str(row[key])
 
 
@@ -126,10 +140,15 @@ def _labels(row: Row, fields: Mapping[str, str], index: int) -> tuple[str, ...]:
     return ()
 
 
-def _messages(row: Row, key: str, index: int) -> tuple[Message, ...]:
+def messages_of(row: Row, key: str, index: int) -> tuple[Message, ...]:
+    """Return a field that has to be a list of messages: role and content, or ShareGPT's from and value.
+
+    Raises:
+        RowError: it is missing, empty or something else.
+    """
     turns = row.get(key)
     if turns is None:
-        raise RowError(index, key, "is missing", hint=_shape_hint(row))
+        raise RowError(index, key, "is missing", hint=shape_hint(row))
     if not isinstance(turns, (list, tuple)) or not turns:
         raise RowError(index, key, "should be a list of one or more messages")
     return tuple(_message(turn, f"{key}[{place}]", index) for place, turn in enumerate(turns))
@@ -157,6 +176,7 @@ def _first_missing(row: Row) -> str:
     return "prompt"
 
 
-def _shape_hint(row: Row) -> str:
+def shape_hint(row: Row) -> str:
+    """Return what to do about a row that cannot be read: its fields' names, never their values."""
     names = ", ".join(sorted(str(key) for key in row)[:12]) or "none"
     return f"the row's fields: {names}; fields={{...}} says which of them is meant, or fix the row"

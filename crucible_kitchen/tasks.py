@@ -204,6 +204,7 @@ class TaskRows:
         first: where the split begins among the permuted problems.
         available: how many problems the split has.
         used: how many of them are rows.
+        pairs: rows also have ``rejected``, a wrong answer, and call the right one ``chosen``.
     """
 
     task: Task
@@ -213,6 +214,7 @@ class TaskRows:
     first: int
     available: int
     used: int
+    pairs: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -232,7 +234,11 @@ class TaskRows:
             raise IndexError(f"row {index} of task {self.task.name!r} ({self.split}), which has {self.used} rows")
         place = self.first + _permuted(index, self.available, f"order/{self.seed}/{self.split}")
         number = _permuted(place, self.task.size(self.difficulty), f"split/{self.task.name}/{self.difficulty}")
-        return self.task.row(number, self.difficulty)
+        row = self.task.row(number, self.difficulty)
+        if not self.pairs:
+            return row
+        wrong = self.task.wrong_answer(row, Random(f"{self.seed}/{number}"))
+        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong}
 
 
 def open_task(
@@ -248,7 +254,8 @@ def open_task(
         split: ``train``, ``validation`` or ``test``.
         seed: of the order; it never moves a problem from one split to another.
         limit: at most this many rows; 0 for the default.
-        options: ``difficulty``, 1 or more; default 2.
+        options: ``difficulty``, 1 or more, default 2; ``rows``: ``answers`` (the default) or ``pairs``, which have a
+            right answer ``chosen`` and a wrong one ``rejected``.
 
     Raises:
         DatasetNotFound: no such task or no such split.
@@ -269,13 +276,21 @@ def open_task(
     first, available = places[split]
     if not available:
         raise EmptyDataset(f"task {name!r} has no problem for the split {split!r} at difficulty {difficulty}")
-    return TaskRows(task, difficulty, split, seed, first, available, min(available, limit or _TRAIN))
+    used = min(available, limit or _TRAIN)
+    return TaskRows(task, difficulty, split, seed, first, available, used, _pairs(task, options or {}))
+
+
+def _pairs(task: Task, options: Mapping[str, str]) -> bool:
+    kind = options.get("rows", "answers")
+    if kind not in ("answers", "pairs"):
+        raise ConfigError(f"task {task.name!r}: rows={kind!r} is neither answers nor pairs")
+    return kind == "pairs"
 
 
 def _difficulty(task: Task, options: Mapping[str, str]) -> int:
-    unknown = sorted(set(options) - {"difficulty"})
+    unknown = sorted(set(options) - {"difficulty", "rows"})
     if unknown:
-        raise ConfigError(f"task {task.name!r} has no option {unknown[0]!r}", hint="its options: difficulty")
+        raise ConfigError(f"task {task.name!r} has no option {unknown[0]!r}", hint="its options: difficulty, rows")
     text = str(options.get("difficulty", "2"))
     if not text.isdecimal() or not 1 <= int(text) <= task.hardest:
         raise ConfigError(f"task {task.name!r}: difficulty={text!r} is not a number from 1 to {task.hardest}")

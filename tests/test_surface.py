@@ -84,6 +84,9 @@ EVENTS = {  # name: measurements | metadata
     "training.epoch": "avg_loss | epoch steps",
     "training.checkpoint": "| step path",
     "eval.complete": "accuracy f1 precision recall | step sample_count label",
+    "dpo.dataset_built": "num_pairs num_batches dropped truncated | batch_size flaws",
+    "dpo.step": "loss accuracy chosen_reward rejected_reward margin | step beta num_pairs",
+    "dpo.evaluated": "loss accuracy chosen_reward rejected_reward margin | step num_pairs label",
     "model.registered": "| model_id model_name version uri",
     "warning": "| code message path",
 }
@@ -97,7 +100,7 @@ ENTRY_POINTS = {
         sampling_client.noop sampling_client.openai training_client.noop training_client.torch
     """,
     "crucible_kitchen.recipes": "sums_demo",
-    "crucible_kitchen.workflows": "supervised",
+    "crucible_kitchen.workflows": "preference supervised",
 }
 
 DEFAULTS = {

@@ -65,7 +65,8 @@ def render_html(report: EvalReport) -> str:
 
 
 def _heading(report: EvalReport) -> str:
-    return f"{report.n} held-out examples; precision, recall and f1 are {report.average} averages."
+    averages = f"; precision, recall and f1 are {report.average} averages" if report.average else ""
+    return f"{report.n} held-out examples{averages}."
 
 
 def _rows(report: EvalReport) -> Iterator[tuple[str, float, tuple[float, float] | None]]:

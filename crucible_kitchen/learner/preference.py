@@ -257,8 +257,9 @@ class KTO:
 
     Ethayarajh et al. 2024, eq. 7; ``s = sum(logprobs - reference)``. Rows are not paired. The reference point
     ``z`` belongs to the batch and takes no gradient: compute it with :func:`kto_reference_point` and make the batch's
-    loss with ``dataclasses.replace(loss, reference_point=z)``. Metrics: ``rows``, ``desirable``, and sums of rewards by
-    kind, ``chosen_reward`` and ``rejected_reward``; the margin is the difference of their means.
+    loss with ``dataclasses.replace(loss, reference_point=z)``. Metrics: ``rows``, ``desirable``, ``accuracy`` (rows on
+    the right side of z), and sums of rewards by kind, ``chosen_reward`` and ``rejected_reward``; the margin is the
+    difference of their means.
 
     Attributes:
         beta: above 0.
@@ -295,6 +296,7 @@ class KTO:
         metrics = {
             "rows": 1.0,
             "desirable": float(wanted),
+            "accuracy": float(h > 0),
             "chosen_reward": reward if wanted else 0.0,
             "rejected_reward": 0.0 if wanted else reward,
         }

@@ -5,10 +5,10 @@ They know the dataset port and a session's tokenizer, no backend. Read next: ``c
 
 import math
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
-from crucible_kitchen.config import DataConfig, EvalConfig, ModelConfig, OptimConfig
+from crucible_kitchen.config import DataConfig, EvalConfig, HeldOutConfig, ModelConfig, OptimConfig
 from crucible_kitchen.errors import DatasetNotFound, EmptyDataset
 from crucible_kitchen.events import DataPrepared
 from crucible_kitchen.ports import Dataset, DatasetSpec, DatasetStore, EvalExample, Tokenizer, TrainingSession
@@ -18,12 +18,28 @@ from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
-__all__ = ["Batch", "Corpus", "EpochBatches", "SupervisedDataConfig", "TrainingData", "build_dataset", "load_dataset"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "EpochBatches",
+    "ScheduleConfig",
+    "SupervisedDataConfig",
+    "TrainingData",
+    "TrainingPlan",
+    "build_dataset",
+    "load_dataset",
+    "open_corpus",
+    "steps_planned",
+]
 
 ROWS_PER_CHUNK = 512  # rows tokenized between two chances to cancel
 
 
-class SupervisedDataConfig(ModelConfig, DataConfig, OptimConfig, EvalConfig):
+class ScheduleConfig(DataConfig, OptimConfig):
+    """What decides how many steps a run has."""
+
+
+class SupervisedDataConfig(ModelConfig, ScheduleConfig, EvalConfig):
     """What preparing the data depends on."""
 
 
@@ -75,15 +91,14 @@ class EpochBatches(Sequence[Batch]):
         return Batch(self.epoch, index, tuple(int(i) for i in self.order[start : start + self.size]))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainingData:
-    """Everything trained and evaluated on, as tokens.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TrainingPlan:
+    """Which rows are trained on in which step; what the rows are stands in a subclass.
 
     Attributes:
         name: the dataset's name.
         fingerprint: sha256 of the training rows.
-        tokenized: the training rows.
-        examples: held-out questions; empty where there are none.
+        rows: how many there are.
         rows_per_step: rows of one optimizer step.
         parts: how many submissions a step's rows are split into (gradient accumulation).
         seed: of the shuffling.
@@ -93,8 +108,7 @@ class TrainingData:
 
     name: str
     fingerprint: str
-    tokenized: TokenizedDataset
-    examples: tuple[EvalExample, ...]
+    rows: int
     rows_per_step: int
     parts: int
     seed: int
@@ -104,19 +118,42 @@ class TrainingData:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the rows; the last may be smaller."""
-        return math.ceil(len(self.tokenized) / self.rows_per_step)
+        return math.ceil(self.rows / self.rows_per_step)
 
     def batches(self, epoch: int) -> EpochBatches:
         """Return the batches of an epoch; the run's last epoch ends with its last step."""
         count = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
-        order = epoch_order(len(self.tokenized), self.seed, epoch, shuffle=self.shuffle)
+        order = epoch_order(self.rows, self.seed, epoch, shuffle=self.shuffle)
         return EpochBatches(epoch, order, self.rows_per_step, max(0, count))
+
+    def submissions(self, batch: Batch) -> list[tuple[int, ...]]:
+        """Return a batch's rows as the submissions of its step."""
+        size = math.ceil(self.rows_per_step / self.parts)
+        return [batch.rows[i : i + size] for i in range(0, len(batch.rows), size)]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TrainingData(TrainingPlan):
+    """Everything trained and evaluated on, as tokens.
+
+    Attributes:
+        tokenized: the training rows.
+        examples: held-out questions; empty where there are none.
+    """
+
+    tokenized: TokenizedDataset
+    examples: tuple[EvalExample, ...]
 
     def datums(self, batch: Batch) -> list[list[Datum]]:
         """Return a batch's rows as the submissions of its step, each a list of datums."""
-        datums = [self.tokenized.datum(row) for row in batch.rows]
-        size = math.ceil(self.rows_per_step / self.parts)
-        return [datums[i : i + size] for i in range(0, len(datums), size)]
+        return [[self.tokenized.datum(row) for row in rows] for rows in self.submissions(batch)]
+
+
+def steps_planned(rows: int, config: ScheduleConfig) -> tuple[int, int]:
+    """Return how many rows an optimizer step has, and how many steps the run."""
+    rows_per_step = config.batch_size * config.gradient_accumulation
+    total = config.epochs * math.ceil(rows / rows_per_step)
+    return rows_per_step, min(total, config.max_steps) if config.max_steps else total
 
 
 @stage(writes="corpus")
@@ -124,23 +161,32 @@ async def load_dataset(dataset_store: DatasetStore, config: SupervisedDataConfig
     """Open the training split and a split that is never trained on."""
     options = tuple(sorted(config.dataset_options.items()))
     spec = DatasetSpec(config.dataset, config.split, config.dataset_size, config.seed, config.holdout, options)
-    train = await dataset_store.load(spec)
-    held_out = await _held_out(dataset_store, spec, config)
+    yield await open_corpus(dataset_store, spec, config, run)
+
+
+async def open_corpus(
+    store: DatasetStore,
+    spec: DatasetSpec,
+    config: HeldOutConfig,
+    run: Run,
+    usual: Sequence[str] = ("test", "validation"),
+) -> Corpus:
+    """Open the training split, and the split asked for to evaluate on, or the first usual one that exists."""
+    train = await store.load(spec)
+    held_out = await _held_out(store, spec, config, usual)
     if held_out is None:
-        run.warn("data.no_held_out", f"{config.dataset!r} has no held-out rows: nothing can be evaluated")
-    yield Corpus(train, held_out)
+        run.warn("data.no_held_out", f"{spec.name!r} has no held-out rows: nothing can be evaluated")
+    return Corpus(train, held_out)
 
 
-async def _held_out(store: DatasetStore, train: DatasetSpec, config: SupervisedDataConfig) -> Dataset | None:
-    """Open the split asked for, else the first usual one that exists and is not the training split."""
-    splits = [config.eval_split] if config.eval_split else ["test", "validation"]
-    for split in splits:
+async def _held_out(
+    store: DatasetStore, train: DatasetSpec, config: HeldOutConfig, usual: Sequence[str]
+) -> Dataset | None:
+    for split in [config.eval_split] if config.eval_split else usual:
         if split == train.split:
             continue
         try:
-            return await store.load(
-                DatasetSpec(train.name, split, config.eval_size, train.seed, train.holdout, train.options)
-            )
+            return await store.load(replace(train, split=split, limit=config.eval_size))
         except (DatasetNotFound, EmptyDataset):
             if config.eval_split:
                 raise
@@ -158,19 +204,18 @@ async def build_dataset(
             f"no row of {config.dataset!r} has a token to train on within the longest sequence allowed",
             hint="raise max_length, or see train_on",
         )
-    rows_per_step = config.batch_size * config.gradient_accumulation
-    per_epoch = math.ceil(len(tokenized) / rows_per_step)
-    total = config.epochs * per_epoch
+    rows_per_step, total_steps = steps_planned(len(tokenized), config)
     data = TrainingData(
         name=config.dataset,
         fingerprint=await corpus.train.fingerprint(),
+        rows=len(tokenized),
         tokenized=tokenized,
         examples=await _examples(corpus.held_out, session, config, run),
         rows_per_step=rows_per_step,
         parts=config.gradient_accumulation,
         seed=config.seed,
         shuffle=config.shuffle,
-        total_steps=min(total, config.max_steps) if config.max_steps else total,
+        total_steps=total_steps,
     )
     if tokenized.truncated or tokenized.dropped:
         run.warn(

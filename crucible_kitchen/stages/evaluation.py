@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import anyio
 
-from crucible_kitchen.config import EvalConfig
+from crucible_kitchen.config import EvalConfig, HeldOutConfig
 from crucible_kitchen.errors import CapabilityError
 from crucible_kitchen.events import EvalComplete, TrainingCheckpoint
 from crucible_kitchen.ports import (
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "evaluator_given",
     "keep_best",
+    "report_possible",
     "restore_best",
     "stop_early",
     "write_report",
@@ -73,12 +74,12 @@ def evaluator_given(data: TrainingData, evaluator: Evaluator | None) -> bool:
     return evaluator is not None and bool(data.examples)
 
 
-def eval_at_start(data: TrainingData, config: EvalConfig, evaluator: Evaluator | None) -> bool:
+def eval_at_start(data: TrainingData, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
     """Whether the model is measured before the first step."""
     return config.eval_at_start and evaluator_given(data, evaluator)
 
 
-def eval_due(step: StepResult, data: TrainingData, config: EvalConfig, evaluator: Evaluator | None) -> bool:
+def eval_due(step: StepResult, data: TrainingData, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
     """Whether this step is one after which the model is measured."""
     return bool(config.eval_every) and step.step % config.eval_every == 0 and evaluator_given(data, evaluator)
 
@@ -170,7 +171,7 @@ class ModelPredictor:
 
 @stage(writes="best")
 async def keep_best(
-    session: TrainingSession, eval_results: dict[str, Any], config: EvalConfig, run: Run, best: Best | None = None
+    session: TrainingSession, eval_results: dict[str, Any], config: HeldOutConfig, run: Run, best: Best | None = None
 ) -> Best:
     """Compare an evaluation with the best so far; save the state of a better one if ``save_best`` asks for it."""
     accuracy = float(eval_results["accuracy"])
@@ -183,7 +184,7 @@ async def keep_best(
     return Best(accuracy, session.position, 0, state)
 
 
-def stop_early(config: EvalConfig, best: Best | None = None) -> bool:
+def stop_early(config: HeldOutConfig, best: Best | None = None) -> bool:
     """Whether too many evaluations in a row were not better than the best."""
     return bool(config.early_stopping) and best is not None and best.waited >= config.early_stopping
 
@@ -198,6 +199,11 @@ async def restore_best(session: TrainingSession, best: Best | None = None) -> No
     """Return to the best state, if training went on after it."""
     if best is not None and best.state is not None and session.position != best.step:
         await session.load_state(best.state)
+
+
+def report_possible(evaluator: Evaluator | None) -> bool:
+    """Whether there is somebody to render a report."""
+    return evaluator is not None
 
 
 @stage()

@@ -8,7 +8,7 @@ from typing import Any
 from crucible_kitchen.config import DataConfig, ModelConfig, RegistryConfig
 from crucible_kitchen.events import ModelRegistered
 from crucible_kitchen.ports import ModelRegistry, TrainingSession
-from crucible_kitchen.stages.data import TrainingData
+from crucible_kitchen.stages.data import TrainingPlan
 from crucible_kitchen.types import BlobRef, ModelVersion
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -42,7 +42,7 @@ async def check_parent(config: RegistryConfig, model_registry: ModelRegistry | N
 async def register_model(
     session: TrainingSession,
     final_weights: BlobRef,
-    data: TrainingData,
+    data: TrainingPlan,
     config: RegisterConfig,
     run: Run,
     model_registry: ModelRegistry | None = None,
@@ -82,7 +82,7 @@ def _short(name: str) -> str:
     return stem if stem and ending in ("jsonl", "json", "csv", "tsv", "parquet", "gguf") else last
 
 
-def lineage(config: RegisterConfig, data: TrainingData, session: TrainingSession, run: Run) -> dict[str, Any]:
+def lineage(config: RegisterConfig, data: TrainingPlan, session: TrainingSession, run: Run) -> dict[str, Any]:
     """Return what a model came from, as JSON."""
     manifest = run.manifest
     return {

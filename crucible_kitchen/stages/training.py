@@ -17,8 +17,17 @@ from crucible_kitchen.events import TrainingCheckpoint, TrainingEpoch, TrainingS
 from crucible_kitchen.learner.hyperparams import recommended_learning_rate
 from crucible_kitchen.learner.schedules import learning_rate, warmup_steps
 from crucible_kitchen.ports import BlobStore, TrainingClient, TrainingSession
-from crucible_kitchen.stages.data import Batch, EpochBatches, TrainingData
-from crucible_kitchen.types import BlobRef, Datum, ForwardBackwardResult, SessionInfo, SessionSpec, StateRef, StepResult
+from crucible_kitchen.stages.data import Batch, EpochBatches, TrainingData, TrainingPlan
+from crucible_kitchen.types import (
+    BlobRef,
+    Datum,
+    ForwardBackwardResult,
+    Loss,
+    SessionInfo,
+    SessionSpec,
+    StateRef,
+    StepResult,
+)
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -33,6 +42,8 @@ __all__ = [
     "log_step",
     "save_checkpoint",
     "save_final",
+    "session_spec",
+    "take_step",
     "train_step",
 ]
 
@@ -50,17 +61,20 @@ async def init_session(
     training_client: TrainingClient, config: ModelConfig, run: Run
 ) -> AsyncIterator[TrainingSession]:
     """Open a training session on the model; it closes when the workflow ends."""
-    template = await run_sync(_template, config.chat_template)
-    spec = SessionSpec(
+    async with training_client.open_session(await session_spec(config, run)) as session:
+        yield session
+
+
+async def session_spec(config: ModelConfig, run: Run) -> SessionSpec:
+    """Return what a session on the config's model is opened on."""
+    return SessionSpec(
         model=config.model,
         lora=config.lora(),
         seed=config.seed,
         directory=str(run.directory),
         run_id=run.id,
-        chat_template=template,
+        chat_template=await run_sync(_template, config.chat_template),
     )
-    async with training_client.open_session(spec) as session:
-        yield session
 
 
 def _template(value: str | None) -> str | None:
@@ -84,12 +98,12 @@ def _weights_can_be_trained(training_client: TrainingClient, config: ModelConfig
         )
 
 
-def epochs(data: TrainingData) -> range:
+def epochs(data: TrainingPlan) -> range:
     """As many passes over the data as the run's steps need."""
     return range(math.ceil(data.total_steps / data.steps_per_epoch))
 
 
-def batches(data: TrainingData, epoch: int) -> EpochBatches:
+def batches(data: TrainingPlan, epoch: int) -> EpochBatches:
     """The epoch's batches, one optimizer step each."""
     return data.batches(epoch)
 
@@ -100,25 +114,52 @@ async def train_step(session: TrainingSession, batch: Batch, data: TrainingData,
 
     The loss is the mean per weighted token over all of the step's rows, however they are split.
     """
-    index = session.position
-    rate = step_rate(index, data.total_steps, config, session.info)
     parts = data.datums(batch)
     weight = sum(float(d.loss_inputs["weights"].sum()) for part in parts for d in part)
+    return await take_step(session, parts, "cross_entropy", config, data, batch.epoch, divisor=weight)
+
+
+async def take_step(
+    session: TrainingSession,
+    parts: Sequence[Sequence[Datum]],
+    loss: str | Loss,
+    config: OptimConfig,
+    plan: TrainingPlan,
+    epoch: int,
+    *,
+    divisor: float,
+) -> StepResult:
+    """Accumulate the gradient of a step's submissions, divide it, and apply one optimizer step.
+
+    Args:
+        session: what is trained.
+        parts: the datums of each submission.
+        loss: whose sum over all of them, over the divisor, is the step's loss.
+        config: how the weights are updated.
+        plan: how many steps the run has.
+        epoch: for the report.
+        divisor: what makes a mean of a sum: weighted tokens, pairs, rows.
+
+    Raises:
+        NonFiniteLoss: the loss is not a number; the weights are as they were.
+    """
+    index = session.position
+    rate = step_rate(index, plan.total_steps, config, session.info)
     began = anyio.current_time()
     async with session.step(index) as step:
-        submitted = [await step.forward_backward(part) for part in parts]
-        applied = await step.apply(config.adam(rate), scale=1.0 / weight)
+        submitted = [await step.forward_backward(part, loss) for part in parts]
+        applied = await step.apply(config.adam(rate), scale=1.0 / divisor)
         results = [await pending for pending in submitted]
-        loss = sum(r.loss for r in results) / weight
-        if not math.isfinite(loss):
+        total = sum(r.loss for r in results) / divisor
+        if not math.isfinite(total):
             raise NonFiniteLoss("the loss", index + 1, _keys(parts))
         outcome = await applied
     taken = max(anyio.current_time() - began, 1e-9)
     tokens = sum(r.tokens for r in results)
     return StepResult(
         step=outcome.step,
-        epoch=batch.epoch,
-        loss=loss,
+        epoch=epoch,
+        loss=total,
         learning_rate=rate,
         grad_norm=outcome.grad_norm,
         tokens=tokens,
@@ -162,7 +203,7 @@ def _summed(results: Sequence[ForwardBackwardResult]) -> dict[str, float]:
 
 
 @stage(writes="epoch_stats")
-async def log_step(step: StepResult, data: TrainingData, run: Run, epoch_stats: EpochStats | None = None) -> EpochStats:
+async def log_step(step: StepResult, data: TrainingPlan, run: Run, epoch_stats: EpochStats | None = None) -> EpochStats:
     """Report a step, and keep the epoch's mean loss."""
     run.emit(
         TrainingStep(

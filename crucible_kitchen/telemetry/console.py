@@ -195,6 +195,14 @@ def _eval_words(_: EventRecord, event: e.EvalComplete) -> str:
     )
 
 
+def _preference_words(_: EventRecord, event: e.DpoEvaluated) -> str:
+    label = f" ({event.label})" if event.label else ""
+    return (
+        f"evaluation{label} at step {event.step}: accuracy {event.accuracy:.3f}  loss {event.loss:.4g}  "
+        f"margin {event.margin:.3g}  on {event.num_pairs:,} held-out comparisons"
+    )
+
+
 _WORDS: dict[type[e.Event], Callable[[EventRecord, Any], str]] = {
     e.WorkflowStart: lambda record, event: f"run {record.run_id} of {event.recipe} started",
     e.WorkflowStop: _stop_words,
@@ -207,6 +215,7 @@ _WORDS: dict[type[e.Event], Callable[[EventRecord, Any], str]] = {
     ),
     e.TrainingCheckpoint: lambda _, event: f"checkpoint of step {event.step} saved",
     e.EvalComplete: _eval_words,
+    e.DpoEvaluated: _preference_words,
     e.ModelRegistered: lambda _, event: f"registered {event.model_name}:{event.version} ({event.uri})",
     e.WarningRaised: lambda _, event: f"warning: {event.message}",
 }

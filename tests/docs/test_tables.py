@@ -19,6 +19,7 @@ from crucible_kitchen.learner import hyperparams
 from crucible_kitchen.registry import Registry
 from crucible_kitchen.telemetry import PrometheusSink
 from crucible_kitchen.workflow.typing import type_name
+from crucible_kitchen.workflows.preference import PreferenceConfig
 from crucible_kitchen.workflows.supervised import SupervisedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +41,9 @@ def shown(value):
     return f"`{json.dumps(value) if isinstance(value, bool) else value}`"
 
 
-def config_table():
+def config_table(config):
     lines = [row("key", "type", "default", "meaning"), "|---|---|---|---|"]
-    fields = SupervisedConfig.model_fields.items()
+    fields = config.model_fields.items()
     for key, field in sorted(fields, key=lambda item: not item[1].is_required()):  # those that must be given come first
         default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
         kind = type_name(field.annotation).removeprefix("Literal").strip("[]").replace(" | None", "")
@@ -116,7 +117,8 @@ WITH_OPTIONS = (
 )
 
 TABLES = {
-    "config keys": ("docs/supervised.md", config_table),
+    "config keys": ("docs/supervised.md", partial(config_table, SupervisedConfig)),
+    "preference keys": ("docs/preference.md", partial(config_table, PreferenceConfig)),
     "events": ("docs/telemetry.md", event_table),
     "metrics": ("docs/telemetry.md", metric_table),
     "commands": ("docs/cli.md", command_tables),
