@@ -50,13 +50,16 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── IntegrityError                   store.integrity
     │   └── Conflict                         store.conflict
     ├── RunCancelled                         run.cancelled
-    └── RunStalled (TimeoutError)            run.stalled
+    ├── RunStalled (TimeoutError)            run.stalled
+    ├── RunPaused                            run.paused
+    ├── RunChanged                           run.changed
+    └── ReplayMismatch                       run.replay_mismatch
 
 Catch a family by its class, decide by ``code``, never by the text of a message. To add one: subclass the family it
 belongs to and the closest class of the standard library, give it a ``code``, and draw it here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 __all__ = [
@@ -86,9 +89,12 @@ __all__ = [
     "NonFiniteLoss",
     "NotFoundError",
     "OutOfMemory",
+    "ReplayMismatch",
     "RowError",
     "RunCancelled",
+    "RunChanged",
     "RunNotFound",
+    "RunPaused",
     "RunStalled",
     "SandboxUnavailable",
     "SequenceTooLong",
@@ -472,3 +478,32 @@ class RunStalled(CrucibleError, TimeoutError):
     """
 
     code = "run.stalled"
+
+
+class RunPaused(CrucibleError):
+    """Raised by ``wait()`` of a run that was asked to drain and stopped at a checkpoint; it can be resumed."""
+
+    code = "run.paused"
+
+
+class RunChanged(CrucibleError):
+    """Raised when a run is to be resumed with another config, dataset, workflow or version than it was started with.
+
+    ``differences`` says what was and what is, by field.
+    """
+
+    code = "run.changed"
+
+    def __init__(self, run_id: str, differences: Mapping[str, tuple[Any, Any]]) -> None:
+        self.differences = dict(differences)
+        shown = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in self.differences.items())
+        allowed = " ".join(f"--allow-changed {name}" for name in self.differences)
+        super().__init__(
+            f"the run {run_id} would not be the same run: {shown}", hint=f"resume it nevertheless: {allowed}"
+        )
+
+
+class ReplayMismatch(CrucibleError):
+    """Raised when what is recorded of an earlier attempt does not fit the workflow as it is now."""
+
+    code = "run.replay_mismatch"

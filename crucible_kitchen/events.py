@@ -26,6 +26,7 @@ __all__ = [
     "TrainingEpoch",
     "TrainingStep",
     "WarningRaised",
+    "WorkflowRolledBack",
     "WorkflowStart",
     "WorkflowStop",
     "event_from_json",
@@ -98,6 +99,20 @@ class WorkflowStop(Event):
     status: str
     duration_s: float
     error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowRolledBack(Event):
+    """A later attempt went back to a checkpoint, or to the beginning (no ``place``) of a session's block.
+
+    What the log says of that block between ``after`` and this event is superseded: it is executed again.
+    """
+
+    name: ClassVar[str] = "workflow.rolled_back"
+    session: str
+    place: str
+    step: int
+    after: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +300,7 @@ class WarningRaised(Event):
 
 for _cls in (
     WorkflowStart,
+    WorkflowRolledBack,
     WorkflowStop,
     StageStart,
     StageStop,

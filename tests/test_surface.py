@@ -15,7 +15,15 @@ import typer.main
 import crucible_kitchen
 from crucible_kitchen import errors, learner
 from crucible_kitchen.cli.app import app
-from crucible_kitchen.errors import CrucibleError, MissingExtra, NonFiniteLoss, RowError, WorkerRaised, WorkflowError
+from crucible_kitchen.errors import (
+    CrucibleError,
+    MissingExtra,
+    NonFiniteLoss,
+    RowError,
+    RunChanged,
+    WorkerRaised,
+    WorkflowError,
+)
 from crucible_kitchen.events import event_schema
 from crucible_kitchen.kitchen import DEFAULT_ADAPTERS, Kitchen
 from crucible_kitchen.ports import PORTS
@@ -74,6 +82,7 @@ RESULT = "run_id status state metrics artifacts duration_s"
 
 EVENTS = {  # name: measurements | metadata
     "workflow.start": "| recipe config",
+    "workflow.rolled_back": "| session place step after",
     "workflow.stop": "duration_s | recipe status error",
     "stage.start": "| stage recipe path attempt",
     "stage.stop": "duration_s | stage recipe path",
@@ -170,6 +179,9 @@ ERROR_CODES = {
     "Conflict": "store.conflict",
     "RunCancelled": "run.cancelled",
     "RunStalled": "run.stalled",
+    "RunPaused": "run.paused",
+    "RunChanged": "run.changed",
+    "ReplayMismatch": "run.replay_mismatch",
 }
 
 SUPERVISED_KEYS = """
@@ -287,6 +299,7 @@ def test_every_error_survives_the_way_to_another_process(cls: type[CrucibleError
         MissingExtra: MissingExtra("torch", "torch"),
         RowError: RowError(3, "answer", "is missing", hint="give a mapping"),
         NonFiniteLoss: NonFiniteLoss("the loss", 7, ["row 1", "row 2"]),
+        RunChanged: RunChanged("r", {"seed": (1, 2)}),
         WorkerRaised: WorkerRaised("score raised ValueError", "ValueError"),
     }
     error = made.get(cls) or cls("what happened", hint="what to do", where="flow/stage")
@@ -316,6 +329,6 @@ def test_supervised_writes_these_names_for_its_users() -> None:
 
 def test_a_stage_finds_this_in_its_run() -> None:
     assert {name for name in dir(Run) if not name.startswith("_")} == {
-        "add_artifact", "attempt", "context", "directory", "emit", "id", "idempotency_key", "manifest", "path",
-        "recipe", "rng", "seed", "turn", "turns", "warn",
+        "add_artifact", "attempt", "checkpoint", "context", "directory", "emit", "id", "idempotency_key", "made",
+        "manifest", "path", "recipe", "rng", "seed", "turn", "turns", "warn",
     }  # fmt: skip

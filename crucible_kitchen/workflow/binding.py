@@ -33,6 +33,11 @@ class Binder:
     required: tuple[str, ...]
     optional: tuple[tuple[str, Any], ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the state it reads."""
+        return (*self.required, *(name for name, _ in self.optional))
+
     def bind(
         self, values: Mapping[str, Any], config: RunConfig, adapters: Mapping[str, Any], run: Callable[[], Run]
     ) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 It knows how branches fail and join, not what runs in them. Read next: ``crucible_kitchen.workflow.engine``.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import anyio.abc
 
+from crucible_kitchen.errors import RunPaused
 from crucible_kitchen.workflow.failures import note
 from crucible_kitchen.workflow.frame import Frame
-from crucible_kitchen.workflow.nodes import Node, Parallel
+from crucible_kitchen.workflow.nodes import Node, Parallel, walk
 
 __all__ = ["Branches"]
 
@@ -22,15 +22,18 @@ class Branches:
     Args:
         node: the branches.
         frame: where they part; each gets a copy of its state.
-        body: runs one branch.
+        body: runs one branch, which is known by a path.
     """
 
-    def __init__(self, node: Parallel, frame: Frame, body: Callable[[Sequence[Node], Frame], Awaitable[None]]) -> None:
+    def __init__(
+        self, node: Parallel, frame: Frame, body: Callable[[Sequence[Node], Frame, str], Awaitable[None]]
+    ) -> None:
         self._node = node
         self._frame = frame
         self._body = body
         self._halt = node.on_error == "halt"
         self._failures: list[Exception] = []
+        self._paused: RunPaused | None = None
         self._asides: list[str] = []
         self._joined: list[Frame] = []
         self._slots = anyio.CapacityLimiter(node.limit or max(1, len(node.branches)))
@@ -45,7 +48,7 @@ class Branches:
         try:
             async with anyio.create_task_group() as self._group:
                 for nodes in self._node.branches:
-                    fork = self._frame.fork()
+                    fork = self._frame.branch()
                     fork.failed = self._failed
                     self._group.start_soon(self._branch, nodes, fork)
         except anyio.get_cancelled_exc_class():
@@ -57,12 +60,14 @@ class Branches:
             for line in self._asides:
                 first.add_note(line)
             raise first
-        _join(self._frame.values, [fork.values for fork in self._joined])
+        if self._paused is not None:
+            raise self._paused
+        _join(self._frame, self._joined)
 
     async def _branch(self, nodes: Sequence[Node], fork: Frame) -> None:
         try:
             async with self._slots:
-                await self._body(nodes, fork)
+                await self._body(nodes, fork, f"{fork.prefix}/{_name(nodes)}#branch")
             self._joined.append(fork)
         except anyio.get_cancelled_exc_class() as cancelled:
             self._asides += getattr(cancelled, "__notes__", ())  # what failed while this branch was closed
@@ -71,7 +76,13 @@ class Branches:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        """Hear of a failure, perhaps before the branch has cleaned up, and once more when it has."""
+        """Hear of a failure, perhaps before the branch has cleaned up, and once more when it has.
+
+        A branch that stopped at its checkpoint is no failure: the others go on to theirs.
+        """
+        if isinstance(error, RunPaused):
+            self._paused = self._paused or error
+            return
         if any(error is known for known in self._failures):
             return
         self._failures.append(error)
@@ -81,8 +92,15 @@ class Branches:
                 self._frame.failed(error)
 
 
-def _join(values: dict[str, Any], branches: Sequence[Mapping[str, Any]]) -> None:
+def _join(frame: Frame, branches: Sequence[Frame]) -> None:
     """Take over what branches wrote into their copies; no two wrote the same name."""
-    before = dict(values)
+    before = dict(frame.values)
     for branch in branches:
-        values |= {name: v for name, v in branch.items() if name not in before or before[name] is not v}
+        for name, value in branch.values.items():
+            if name not in before or before[name] is not value:
+                frame.write(name, value, branch.origins[name])
+
+
+def _name(nodes: Sequence[Node]) -> str:
+    """Return a name that no other branch here has: of its first node that has one."""
+    return next((name for node in nodes for _, inner in walk(node) if (name := getattr(inner, "name", ""))), "")

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -17,16 +17,29 @@ import anyio.abc
 import anyio.lowlevel
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CleanupError, CrucibleError, StageTimeout
+from crucible_kitchen.errors import CleanupError, CrucibleError, RunPaused, StageTimeout
 from crucible_kitchen.events import StageErrored, StageStart, StageStop
 from crucible_kitchen.ports import TrainingCapabilities
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.branches import Branches
+from crucible_kitchen.workflow.checkpoints import Checkpoints
 from crucible_kitchen.workflow.clock import loop_clock, scope_class
 from crucible_kitchen.workflow.conditions import nested_config
 from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel
-from crucible_kitchen.workflow.frame import Block, Frame, each, opens_resources
+from crucible_kitchen.workflow.forward import static
+from crucible_kitchen.workflow.frame import (
+    Block,
+    Frame,
+    Live,
+    OpenLoop,
+    OpenSession,
+    Origin,
+    each,
+    opens_resources,
+)
+from crucible_kitchen.workflow.memory import Keep
 from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
+from crucible_kitchen.workflow.records import Records
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.run import Run, RunContext, seed_of
 from crucible_kitchen.workflow.stage import Resource, Step, Unset
@@ -53,48 +66,56 @@ async def execute(
         CrucibleError: the first failure in time, with the stage's path; what failed after it is in its notes. A run
             that was cancelled raises the cancellation, unless it had failed before, or a stage failed in reaction.
     """
-    engine = _Engine(config, adapters, context)
-    return await watched(partial(engine.run, workflow), config, context)
+    engine = _Engine(workflow, config, adapters, context)
+    return await watched(engine.run, config, context)
 
 
 class _Engine:
     """One walk through one workflow."""
 
-    def __init__(self, config: RunConfig, adapters: Mapping[str, Any], context: RunContext) -> None:
+    def __init__(self, workflow: Workflow, config: RunConfig, adapters: Mapping[str, Any], context: RunContext) -> None:
+        self._workflow = workflow
         self._config = config
         self._adapters = adapters
         self._context = context
+        self._records = Records(workflow, context)
         self._compensations: list[tuple[Callable[..., Any], dict[str, Any], str]] = []
         self._now = loop_clock()
         self._scope = scope_class()
         self._unwritten = 0
         self._waits = 0
         self._group: anyio.abc.TaskGroup
+        self._checkpoints: Checkpoints | None = None
 
-    async def run(self, workflow: Workflow) -> dict[str, Any]:
+    async def run(self) -> dict[str, Any]:
         """Run the workflow's body as the outermost block."""
-        frame = Frame({}, self._config, workflow.name, {}, self._config.durability == "behind")
+        name = self._workflow.name
+        frame = Frame({}, self._config, name, {}, self._config.durability == "behind", name)
         failure: Exception | None = None
         async with anyio.create_task_group() as self._group:
+            if self._context.memory is not None:
+                self._checkpoints = Checkpoints(self._context, self._context.memory, self._group, _end_block)
             try:
-                await self._block(workflow.body, frame)
+                await self._block(self._workflow.body, frame, name)
             except Exception as error:  # noqa: BLE001 - raised below, outside the group that would wrap it
                 failure = error
         if failure is None:
             return frame.values
         cancelled = anyio.current_effective_deadline() == -math.inf
-        if self._config.on_failure == "rollback" and not cancelled:
+        if self._config.on_failure == "rollback" and not cancelled and not isinstance(failure, RunPaused):
             await self._compensate(failure)
         raise failure
 
     # -- blocks and nodes -----------------------------------------------------------------------------------------
 
-    async def _block(self, nodes: Sequence[Node], frame: Frame) -> None:
+    async def _block(self, nodes: Sequence[Node], frame: Frame, path: str) -> None:
         """Run nodes and close, newest first, the resources they opened, whatever happened."""
         if not opens_resources(nodes):
             await self._nodes(nodes, frame)
             return
-        block, outer, behind = Block(), frame.block, frame.behind
+        if self._records.replay_block(frame, path):
+            return
+        block, outer, before = Block(frame.block), replace(frame), dict(frame.values)
         frame.block = block
         cancelled: BaseException | None = None
         try:
@@ -105,23 +126,28 @@ class _Engine:
         except BaseException as error:  # noqa: BLE001 - raised below, after clean-up
             cancelled = error
         block.muted = cancelled is not None and not block.failures
+        own = frame.sessions[len(outer.sessions) :]
         with anyio.CancelScope(shield=True):
             await self._close_all(block, frame)
-        frame.block, frame.behind = outer, behind
+        frame.block, frame.behind, frame.sessions = outer.block, outer.behind, outer.sessions
         if cancelled is not None and block.muted:
             note(cancelled, block.failures)
             raise cancelled
         if block.failures:
             note(block.failures[0], block.failures[1:])
             raise block.failures[0]
+        if own and not frame.sessions:
+            self._records.keep_block(frame, path, before)
 
     async def _nodes(self, nodes: Sequence[Node], frame: Frame) -> None:
         for node in nodes:
+            forward = frame.seeking()
+            if forward is not None and not forward.wants(node, frame.prefix):
+                continue
             if isinstance(node, Step):
                 await self._step(node, frame)
             elif isinstance(node, When):
-                holds = self._call(node.test, frame, frame.prefix)
-                await self._nodes(node.body if holds else node.otherwise, frame)
+                await self._nodes(self._side(node, frame), frame)
             elif isinstance(node, Loop):
                 await self._loop(node, frame)
             elif isinstance(node, Parallel):
@@ -129,63 +155,102 @@ class _Engine:
             else:
                 await self._nested(node, frame)
 
+    def _side(self, node: When, frame: Frame) -> Sequence[Node]:
+        """Return the side of a ``When`` to run: what its test says, or on the way to a checkpoint what was taken."""
+        forward = frame.seeking()
+        taken = forward.side(node, frame.prefix) if forward is not None else None
+        if taken is not None:
+            return taken
+        return node.body if self._call(node.test, frame, frame.prefix) else node.otherwise
+
     async def _loop(self, node: Loop, frame: Frame) -> None:
-        prefix, turns, index = frame.prefix, frame.turns, 0
-        path = f"{prefix}/{node.name}"
+        prefix, turns = frame.prefix, frame.turns
+        path, forward = f"{prefix}/{node.name}", frame.seeking()
+        first, position = forward.turn(path) if forward is not None else (0, None)
+        here = OpenLoop(path, frame.read_by(node.over), first)
+        over = self._call(node.over, frame, path, forward.reads(path) if forward is not None else None)
+        frame.loops.append(here)
         try:
-            async with aclosing(each(self._call(node.over, frame, path), path)) as items:
-                async for item in items:
-                    waits, frame.prefix = self._waits, f"{path}[{index}]"
-                    frame.turns = {**turns, node.name: index}
-                    frame.values[node.name] = item
-                    await self._block(node.body, frame)
+            async with aclosing(each(over, path, first, position)) as items:
+                async for here.position, item in items:
+                    waits, frame.prefix = self._waits, f"{path}[{here.index}]"
+                    frame.turns = {**turns, node.name: here.index}
+                    frame.write(node.name, item, Origin(frame.prefix))
+                    await self._block(node.body, frame, frame.prefix)
                     if node.until is not None and self._call(node.until, frame, frame.prefix):
                         break
-                    index += 1
+                    here.index += 1
                     if self._waits == waits:  # a loop of stages that never wait lets others run
                         await anyio.lowlevel.checkpoint()
         finally:
             frame.prefix, frame.turns = prefix, turns
-            frame.values.pop(node.name, None)
+            frame.loops.remove(here)
+            frame.drop(node.name)
 
     async def _nested(self, node: Workflow, frame: Frame) -> None:
         inner = frame.fork()
         inner.config = nested_config(node, frame.config)
-        inner.prefix = f"{frame.prefix}/{node.name}"
-        await self._block(node.body, inner)
-        frame.values |= {name: inner.values[name] for name in node.returns}
+        inner.prefix = inner.base = f"{frame.prefix}/{node.name}"
+        forward = frame.seeking()
+        if forward is not None:
+            forward.restore(inner)
+        await self._block(node.body, inner, inner.prefix)
+        for name in node.returns:
+            frame.write(name, inner.values[name], inner.origins[name])
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
     async def _step(self, step: Step, frame: Frame) -> None:
-        path, attempt = f"{frame.prefix}/{step.name}", 1
-        began = self._now()
+        """Run a stage or open a resource, unless an earlier attempt did so and it is recorded."""
+        path, forward = f"{frame.prefix}/{step.name}", frame.seeking()
+        resource = isinstance(step, Resource)
+        if forward is None or resource:
+            recorded = self._records.kept(frame) and not resource
+            if not (recorded and self._records.replay(step, frame, path)):
+                await self._tries(step, frame, path, recorded=recorded)
+                await self._settle(frame, path, pause=not resource)
+        if forward is not None:
+            forward.passed(path)
+
+    async def _tries(self, step: Step, frame: Frame, path: str, *, recorded: bool) -> None:
+        """Try a stage as often as its policy says; afterwards its value is in the state."""
+        began, attempt = self._now(), 1
         while True:
             self._began(step.name, path, attempt)
+            run = Run(self._context, path, frame.turns, attempt)
             try:
-                value = await self._attempt(step, frame, path, attempt)
+                value = await self._attempt(step, frame, run)
                 break
             except Exception as error:  # noqa: BLE001 - user code; retried, skipped or raised with its place
                 failure = as_ours(error, path)
                 again = step.retry is not None and step.retry.allows(first_of(error), attempt)
             self._errored(step.name, path, failure, "retry" if again else step.on_error, began, attempt)
             if again:
-                await self._pause(step, path, attempt)
+                await self._wait_to_retry(step, path, attempt)
                 attempt += 1
             elif step.on_error == "skip":
-                await self._settle(frame)
+                if recorded:
+                    self._records.keep_skipped(step, frame, path)
                 return
             else:
                 raise failure
-        if step.writes is not None:
-            frame.values[step.writes] = value
+        if recorded:
+            self._records.keep(step, frame, path, value, run.made)
+        elif step.writes is not None and not isinstance(step, Resource):
+            frame.write(step.writes, value, Origin("", static(path)))
         if step.hooks.rollback is not None:
-            self._compensations.append((step.hooks.rollback, self._arguments(step.hooks.rollback, frame, path), path))
+            arguments = self._arguments(step.hooks.rollback, frame, run)
+            self._compensations.append((step.hooks.rollback, arguments, path))
         self._ended(step.name, path, began)
-        await self._settle(frame)
+        if run.made.checkpoint is not None:
+            await self._checkpoint(frame, path, run.made.checkpoint)
 
-    async def _settle(self, frame: Frame) -> None:
-        """Make a stage's records durable; a stage that swallowed a cancellation ends the run here nevertheless."""
+    async def _settle(self, frame: Frame, path: str, *, pause: bool) -> None:
+        """Make a stage's records durable; a stage that swallowed a cancellation ends the run here nevertheless.
+
+        Raises:
+            RunPaused: the run is to stop, and everything up to here can be found again.
+        """
         self._unwritten += 1
         if not frame.behind:
             self._waits += 1
@@ -195,17 +260,24 @@ class _Engine:
             await self._context.recorder.drain()
         else:
             await anyio.lowlevel.checkpoint_if_cancelled()
+        if pause and self._context.draining and not frame.fenced and self._checkpoints is not None:
+            await self._checkpoint(frame, path, Keep())
+            raise RunPaused(f"the run {self._context.id} stopped after {path}", hint="resume it when you like")
 
-    async def _pause(self, step: Step, path: str, attempt: int) -> None:
+    async def _checkpoint(self, frame: Frame, path: str, keep: Keep) -> None:
+        if self._checkpoints is not None and frame.sessions:
+            await self._checkpoints.take(frame, path, keep)
+
+    async def _wait_to_retry(self, step: Step, path: str, attempt: int) -> None:
         assert step.retry is not None
         uniform = random.Random(seed_of(self._context.seed, path, f"retry{attempt}")).random()
         await anyio.sleep(step.retry.pause(attempt, uniform))
 
-    async def _attempt(self, step: Step, frame: Frame, path: str, attempt: int) -> Any:
+    async def _attempt(self, step: Step, frame: Frame, run: Run) -> Any:
         timeout = frame.config.stage_timeout if isinstance(step.timeout, Unset) else step.timeout
-        arguments = self._arguments(step.fn, frame, path, attempt)
         if isinstance(step, Resource):
-            return await self._open(step, frame, path, arguments, timeout)
+            return await self._open(step, frame, run, timeout)
+        arguments = self._arguments(step.fn, frame, run)
         if timeout is None:
             return await step.fn(**arguments)
         with self._scope(deadline=self._now() + timeout) as scope:
@@ -247,39 +319,58 @@ class _Engine:
 
     # -- resources ------------------------------------------------------------------------------------------------
 
-    async def _open(
-        self, step: Resource[..., Any], frame: Frame, path: str, arguments: dict[str, Any], timeout: float | None
-    ) -> Any:
-        block, opened = frame.block, self._now()
+    async def _open(self, step: Resource[..., Any], frame: Frame, run: Run, timeout: float | None) -> Any:
+        block, opened, path = frame.block, self._now(), run.path
         assert block is not None
+        forward = frame.seeking()
+        arguments = self._arguments(step.fn, frame, run, forward.reads(path) if forward is not None else None)
 
         def died(error: Exception) -> None:
             ours = as_ours(error, path)
             self._errored(step.name, path, ours, "halt", opened)
-            frame.fail(block, ours)
-            block.scope.cancel()
+            _end_block(frame, block, ours)
 
         live = LiveResource(step.fn(**arguments), died)
         try:
             value = await live.open(self._group, timeout, frame.config.grace)
         finally:  # also if it yielded in the moment in which the run was cancelled
             if live.alive:
-                block.live.append((step, path, live))
+                block.live.append(Live(step, path, live, frame.read_by(step.fn)))
+        if step.writes is not None:
+            stands_for = self._records.input_hash(step.fn, frame, path) if self._records.kept(frame) else path
+            frame.write(step.writes, value, Origin(stands_for))
         capabilities = getattr(value, "capabilities", None)
         if isinstance(capabilities, TrainingCapabilities) and capabilities.recovery == "rollback":
-            frame.behind = True  # inside a rollback session's block the record is the checkpoint
+            await self._opened_session(frame, path, value)
         return value
+
+    async def _opened_session(self, frame: Frame, path: str, session: Any) -> None:
+        """Go back to the newest checkpoint of a session; from here on the record is the checkpoint."""
+        assert frame.block is not None
+        opened = OpenSession(path, session, frame, frame.block, session.position)
+        frame.sessions = (*frame.sessions, opened)
+        frame.behind = True
+        if self._checkpoints is None:
+            return
+        forward = frame.seeking()
+        if forward is not None:
+            await self._checkpoints.load(opened, forward)
+        elif len(frame.sessions) == 1:
+            frame.forward = await self._checkpoints.restore(opened, self._records.types)
 
     async def _close_all(self, block: Block, frame: Frame) -> None:
         """Close a block's resources newest first; what goes wrong joins the block's failures. Never raises."""
-        for step, path, live in reversed(block.live):
-            if step.writes is not None:
-                frame.values.pop(step.writes, None)
-            if live.alive:  # else it died, which was reported at once
+        if self._checkpoints is not None and frame.sessions and frame.sessions[0].block is block:
+            with anyio.move_on_after(frame.config.grace):
+                await self._checkpoints.settle(frame.sessions[0])
+        for live in reversed(block.live):
+            if live.step.writes is not None:
+                frame.drop(live.step.writes)
+            if live.resource.alive:  # else it died, which was reported at once
                 try:
-                    await self._close(path, live, frame.config.grace)
+                    await self._close(live.path, live.resource, frame.config.grace)
                 except Exception as error:  # noqa: BLE001 - the next one is closed whatever happened
-                    frame.fail(block, as_ours(error, path))
+                    frame.fail(block, as_ours(error, live.path))
 
     async def _close(self, path: str, live: LiveResource, grace: float) -> None:
         where, began = f"{path}/cleanup", self._now()
@@ -315,19 +406,28 @@ class _Engine:
 
     # -- injection ------------------------------------------------------------------------------------------------
 
-    def _arguments(self, fn: Callable[..., Any], frame: Frame, path: str, attempt: int = 1) -> dict[str, Any]:
-        def run() -> Run:
-            return Run(self._context, path, frame.turns, attempt)
+    def _arguments(
+        self, fn: Callable[..., Any], frame: Frame, run: Run, instead: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what a function is given here; ``instead`` are values as they were when it was entered."""
+        values = {**frame.values, **instead} if instead else frame.values
+        return binder_of(fn).bind(values, frame.config, self._adapters, lambda: run)
 
-        return binder_of(fn).bind(frame.values, frame.config, self._adapters, run)
-
-    def _call(self, selector: Callable[..., Any], frame: Frame, path: str) -> Any:
+    def _call(
+        self, selector: Callable[..., Any], frame: Frame, path: str, instead: Mapping[str, Any] | None = None
+    ) -> Any:
         """Evaluate a selector: a plain pure function."""
         try:
-            return selector(**self._arguments(selector, frame, path))
+            return selector(**self._arguments(selector, frame, Run(self._context, path, frame.turns), instead))
         except Exception as error:  # noqa: BLE001 - user code; raised again with its place
             failure = as_ours(error, path)
         raise failure
+
+
+def _end_block(frame: Frame, block: Block, error: Exception) -> None:
+    """Fail a block from outside its own walk."""
+    frame.fail(block, error)
+    block.scope.cancel()
 
 
 def _late(seconds: float, hint: str | None = None) -> StageTimeout:

@@ -5,8 +5,8 @@ A stage gets it by naming a parameter ``run``. It knows no adapter and no node. 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from crucible_kitchen.events import (
 )
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.waits import Waits
+from crucible_kitchen.workflow.memory import Keep, Made, Memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,9 @@ class RunContext:
         artifacts: what the run produced, in order.
         metrics: the last value of each measurement, ``"training.step.loss"``.
         waits: who waits for what, while the run is under way.
+        memory: what earlier attempts left; None: the run is not durable.
+        draining: the run is to stop at its next checkpoint.
+        changed: the run goes on with another config than it began with, because somebody allowed it.
     """
 
     id: str
@@ -75,14 +79,30 @@ class RunContext:
     artifacts: list[BlobRef] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     waits: Waits | None = None
+    memory: Memory | None = None
+    draining: bool = False
+    changed: bool = False
 
     def emit(self, event: Event) -> EventRecord:
         """Append an event to the log and keep its measurements as the run's latest."""
         if self.waits is not None:
             self._account(self.waits, event)
-        for name in () if isinstance(event, _STRUCTURE) else event.measurements:
-            self.metrics[f"{event.name}.{name}"] = getattr(event, name)
+        self.metrics |= measured(event)
         return self.recorder.emit(event)
+
+    def add_artifact(self, artifact: BlobRef) -> None:
+        """List an artifact among what the run produced; the same one again takes the place of the first."""
+        self.artifacts = [a for a in self.artifacts if a != artifact] + [artifact]
+
+    def drop_artifact(self, artifact: BlobRef) -> None:
+        """Take an artifact that is gone off the list."""
+        self.artifacts = [a for a in self.artifacts if a != artifact]
+
+    def made(self, metrics: Mapping[str, float], artifacts: Sequence[JsonObject]) -> None:
+        """Take over what an earlier attempt measured and produced."""
+        self.metrics |= metrics
+        for artifact in artifacts:
+            self.add_artifact(BlobRef(**artifact))
 
     def _account(self, waits: Waits, event: Event) -> None:
         """Tell the account of waits which stages are under way; whatever happens is a movement."""
@@ -93,6 +113,13 @@ class RunContext:
             waits.ended(event.path)
 
 
+def measured(event: Event) -> dict[str, float]:
+    """Return an event's measurements of data and model, ``{"training.step.loss": 0.1}``."""
+    if isinstance(event, _STRUCTURE):
+        return {}
+    return {f"{event.name}.{name}": getattr(event, name) for name in event.measurements}
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """The run as one stage sees it.
@@ -101,12 +128,14 @@ class Run:
         path: the stage's place with the loops' turns: ``supervised/epoch[0]/batch[3]/train_step``.
         turns: index of the current turn by loop name.
         attempt: which try of the stage this is, from 1.
+        made: what this try has left so far.
     """
 
     context: RunContext
     path: str
     turns: Mapping[str, int]
     attempt: int = 1
+    made: Made = field(default_factory=Made)
 
     @property
     def id(self) -> str:
@@ -156,6 +185,7 @@ class Run:
 
     def emit(self, event: Event) -> None:
         """Append an event to the run's log."""
+        self.made.metrics |= measured(event)
         self.context.emit(event)
 
     def warn(self, code: str, message: str) -> None:
@@ -164,7 +194,16 @@ class Run:
 
     def add_artifact(self, artifact: BlobRef) -> None:
         """List an artifact among the run's results."""
-        self.context.artifacts.append(artifact)
+        self.made.artifacts.append(asdict(artifact))
+        self.context.add_artifact(artifact)
+
+    def checkpoint(self, keep: Keep | None = None) -> None:
+        """Ask for a checkpoint once this stage has ended well.
+
+        It covers the block that opened the outermost session, and is written while training goes on. Where no session
+        is open that recovers by rollback there is nothing to do: every stage is a record there.
+        """
+        self.made.checkpoint = keep or Keep()
 
 
 def seed_of(seed: int, path: str, name: str) -> int:

@@ -385,6 +385,7 @@ async def test_inside_a_rollback_sessions_block_stages_do_not_wait_for_their_rec
     from crucible_kitchen.ports import TrainingCapabilities
 
     class Session:
+        position = 0
         capabilities = TrainingCapabilities("exact", frozenset(), "honoured", "rollback")
 
     @stage(writes="session")
