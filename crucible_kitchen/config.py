@@ -17,6 +17,7 @@ from crucible_kitchen.errors import ConfigError
 from crucible_kitchen.types import AdamParams, LoraSpec
 
 __all__ = [
+    "AdamConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
@@ -134,14 +135,8 @@ class DataConfig(RunConfig):
     """How many batches' gradients are added up for one optimizer step."""
 
 
-class OptimConfig(RunConfig):
-    """How the weights are updated."""
-
-    epochs: int = Field(default=1, ge=0)
-    """Passes over the data."""
-
-    max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many optimizer steps; unset: as many as the epochs give."""
+class AdamConfig(RunConfig):
+    """How large a step is: the optimizer and its learning rate."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; unset: recommended from the model's size and LoRA."""
@@ -182,6 +177,16 @@ class OptimConfig(RunConfig):
         if self.lr_schedule == "exponential" and self.lr_end == 0:
             raise ValueError("lr_schedule=exponential needs lr_end above 0, for instance lr_end=0.1")
         return self
+
+
+class OptimConfig(AdamConfig):
+    """How long rows are trained on, and how the weights are updated."""
+
+    epochs: int = Field(default=1, ge=0)
+    """Passes over the data."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps; unset: as many as the epochs give."""
 
 
 class CheckpointConfig(RunConfig):

@@ -28,7 +28,8 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── SessionLost                      backend.session_lost
     │   └── OutOfMemory (MemoryError)        backend.out_of_memory
     ├── TrainingError                        training
-    │   └── NonFiniteLoss                    training.non_finite_loss
+    │   ├── NonFiniteLoss                    training.non_finite_loss
+    │   └── LedgerBroken                     training.ledger
     ├── EnvironmentFailure                   environment
     │   ├── EnvironmentFault                 environment.fault
     │   └── EnvironmentTimeout (TimeoutError)  environment.timeout
@@ -83,6 +84,7 @@ __all__ = [
     "EnvironmentFault",
     "EnvironmentTimeout",
     "IntegrityError",
+    "LedgerBroken",
     "MessageQuarantined",
     "MissingExtra",
     "ModelNotFound",
@@ -338,6 +340,12 @@ class NonFiniteLoss(TrainingError):
         )
         self.step = step
         self.keys = tuple(keys)
+
+
+class LedgerBroken(TrainingError):
+    """Raised when the ledger of rollouts does not add up: a group was lost or counted twice. A bug."""
+
+    code = "training.ledger"
 
 
 class EnvironmentFailure(CrucibleError):

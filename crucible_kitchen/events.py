@@ -10,14 +10,22 @@ from typing import Any, ClassVar
 
 __all__ = [
     "EVENTS",
+    "AdvantagesComputed",
     "DataPrepared",
     "DpoDatasetBuilt",
     "DpoEvaluated",
     "DpoStep",
+    "EnvGroupBuilt",
     "EvalComplete",
     "Event",
     "EventRecord",
+    "GroupDropped",
     "ModelRegistered",
+    "PPOUpdated",
+    "PipelineMeasured",
+    "PolicyEvaluated",
+    "RLStep",
+    "RolloutComplete",
     "StageErrored",
     "StageStart",
     "StageStop",
@@ -289,6 +297,158 @@ class ModelRegistered(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvGroupBuilt(Event):
+    """The environments are ready to be rolled out. ``env_type`` is the environment's name, ``problems`` how many."""
+
+    name: ClassVar[str] = "rl.env_group_built"
+    measurements: ClassVar[tuple[str, ...]] = ("group_size", "groups_per_batch")
+    group_size: int
+    groups_per_batch: int
+    env_type: str
+    problems: int = 0
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutComplete(Event):
+    """All rollouts of one update are there. Rewards are over its trajectories; ``groups`` are their indices of drawing.
+
+    ``outcomes`` counts by kind, failed members of trained groups included; seconds are summed over members.
+    """
+
+    name: ClassVar[str] = "rl.rollout_complete"
+    measurements: ClassVar[tuple[str, ...]] = (
+        "reward_mean",
+        "reward_std",
+        "num_trajectories",
+        "tokens_mean",
+        "env_seconds",
+        "sampling_seconds",
+    )
+    reward_mean: float
+    reward_std: float
+    num_trajectories: int
+    tokens_mean: float
+    env_seconds: float
+    sampling_seconds: float
+    rollout_index: int
+    groups: Sequence[int] = ()
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantagesComputed(Event):
+    """Advantages and returns of one update, over the ``num_steps`` positions where the policy acted."""
+
+    name: ClassVar[str] = "rl.advantages_computed"
+    measurements: ClassVar[tuple[str, ...]] = (
+        "advantage_mean",
+        "advantage_std",
+        "return_mean",
+        "return_std",
+        "num_steps",
+    )
+    advantage_mean: float
+    advantage_std: float
+    return_mean: float
+    return_std: float
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPOUpdated(Event):
+    """One pass over a batch. Losses as the optimizer saw them; entropy and KL in nats per token."""
+
+    name: ClassVar[str] = "rl.ppo_update"
+    measurements: ClassVar[tuple[str, ...]] = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "clip_fraction",
+        "kl_divergence",
+    )
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    clip_fraction: float
+    kl_divergence: float
+    epoch: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLStep(Event):
+    """One update of the policy, all passes together. ``step`` counts updates from 1."""
+
+    name: ClassVar[str] = "rl.step"
+    measurements: ClassVar[tuple[str, ...]] = ("reward_mean", "policy_loss", "entropy", "clip_fraction")
+    reward_mean: float
+    policy_loss: float
+    entropy: float
+    clip_fraction: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineMeasured(Event):
+    """How rollouts and learning overlap, from the run's start (of this attempt) to this update.
+
+    Staleness in updates, per token; ``waste`` and ``length_bias`` as shares of what was sampled; ``learner_seconds``
+    and ``worker_seconds`` give every second one cause; ``slowest`` is the group that the learner waited for last.
+    """
+
+    name: ClassVar[str] = "rl.pipeline"
+    measurements: ClassVar[tuple[str, ...]] = (
+        "overlap_efficiency",
+        "learner_idle_share",
+        "queue_depth",
+        "in_flight",
+        "staleness_mean",
+        "staleness_max",
+        "waste",
+        "length_bias",
+    )
+    overlap_efficiency: float
+    learner_idle_share: float
+    queue_depth: int
+    in_flight: int
+    staleness_mean: float
+    staleness_max: int
+    waste: float
+    length_bias: float
+    step: int
+    slowest: int = -1
+    staleness: Mapping[str, int] = field(default_factory=dict)
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+    learner_seconds: Mapping[str, float] = field(default_factory=dict)
+    worker_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupDropped(Event):
+    """A group was given up: nothing of it is trained. ``index`` is that of its drawing."""
+
+    name: ClassVar[str] = "rl.group_dropped"
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEvaluated(Event):
+    """The policy was rolled out greedily on ``episodes`` problems; ``held_out``: they are never trained on."""
+
+    name: ClassVar[str] = "rl.evaluated"
+    measurements: ClassVar[tuple[str, ...]] = ("reward_mean", "reward_std", "episodes")
+    reward_mean: float
+    reward_std: float
+    episodes: int
+    step: int
+    held_out: bool = True
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WarningRaised(Event):
     """Something a person should know, though the run goes on."""
 
@@ -315,6 +475,14 @@ for _cls in (
     DpoStep,
     DpoEvaluated,
     ModelRegistered,
+    EnvGroupBuilt,
+    RolloutComplete,
+    AdvantagesComputed,
+    PPOUpdated,
+    RLStep,
+    PipelineMeasured,
+    GroupDropped,
+    PolicyEvaluated,
     WarningRaised,
 ):
     _listed(_cls)

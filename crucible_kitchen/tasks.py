@@ -15,7 +15,7 @@ from typing import Protocol
 from crucible_kitchen.errors import ConfigError, DatasetNotFound, EmptyDataset
 from crucible_kitchen.types import Row
 
-__all__ = ["TASKS", "Parity", "Reverse", "Sort", "Sums", "Task", "TaskRows", "open_task"]
+__all__ = ["TASKS", "Parity", "Reverse", "Sort", "Sums", "Task", "TaskRows", "open_task", "permuted"]
 
 _HELD_OUT = 500
 _TRAIN = 9_000
@@ -170,7 +170,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in (Sums(), Reverse(), Sor
 """All built-in tasks by name."""
 
 
-def _permuted(number: int, size: int, key: str) -> int:
+def permuted(number: int, size: int, key: str) -> int:
     """Return the image of ``number`` under a keyed permutation of ``range(size)``, without storing it.
 
     A Feistel network of four rounds over the next larger square, walked until it falls into the range (Black &
@@ -232,8 +232,8 @@ class TaskRows:
         """
         if not 0 <= index < self.used:
             raise IndexError(f"row {index} of task {self.task.name!r} ({self.split}), which has {self.used} rows")
-        place = self.first + _permuted(index, self.available, f"order/{self.seed}/{self.split}")
-        number = _permuted(place, self.task.size(self.difficulty), f"split/{self.task.name}/{self.difficulty}")
+        place = self.first + permuted(index, self.available, f"order/{self.seed}/{self.split}")
+        number = permuted(place, self.task.size(self.difficulty), f"split/{self.task.name}/{self.difficulty}")
         row = self.task.row(number, self.difficulty)
         if not self.pairs:
             return row

@@ -81,6 +81,16 @@ EXIT_CODES = {"COMPLETED": 0, "FAILED": 1, "USAGE": 2, "PAUSED": 75, "CANCELLED"
 RESULT = "run_id status state metrics artifacts duration_s"
 
 EVENTS = {  # name: measurements | metadata
+    "rl.env_group_built": "group_size groups_per_batch | env_type problems fingerprint",
+    "rl.rollout_complete": "reward_mean reward_std num_trajectories tokens_mean env_seconds sampling_seconds "
+    "| rollout_index groups outcomes metrics",
+    "rl.advantages_computed": "advantage_mean advantage_std return_mean return_std num_steps |",
+    "rl.ppo_update": "policy_loss value_loss entropy clip_fraction kl_divergence | epoch batch_size",
+    "rl.step": "reward_mean policy_loss entropy clip_fraction | step",
+    "rl.pipeline": "overlap_efficiency learner_idle_share queue_depth in_flight staleness_mean staleness_max waste "
+    "length_bias | step slowest staleness ledger learner_seconds worker_seconds",
+    "rl.group_dropped": "| index reason",
+    "rl.evaluated": "reward_mean reward_std episodes | step held_out label",
     "workflow.start": "| recipe config",
     "workflow.rolled_back": "| session place step after",
     "workflow.stop": "duration_s | recipe status error",
@@ -109,7 +119,7 @@ ENTRY_POINTS = {
         sampling_client.noop sampling_client.openai training_client.noop training_client.torch
     """,
     "crucible_kitchen.recipes": "sums_demo",
-    "crucible_kitchen.workflows": "preference supervised",
+    "crucible_kitchen.workflows": "preference reinforcement supervised",
 }
 
 DEFAULTS = {
@@ -151,6 +161,7 @@ ERROR_CODES = {
     "WorkerDied": "worker.died",
     "DataError": "data",
     "EmptyDataset": "data.empty",
+    "LedgerBroken": "training.ledger",
     "EnvironmentFailure": "environment",
     "EnvironmentFault": "environment.fault",
     "EnvironmentTimeout": "environment.timeout",

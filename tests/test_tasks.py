@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crucible_kitchen.errors import ConfigError, DatasetNotFound
-from crucible_kitchen.tasks import TASKS, TaskRows, _permuted, open_task
+from crucible_kitchen.tasks import TASKS, TaskRows, open_task, permuted
 
 
 def prompts(name: str, split: str, seed: int = 0, limit: int = 0, **options: str) -> list[str]:
@@ -104,4 +104,4 @@ def test_the_hardest_sums_take_no_memory_and_still_have_disjoint_splits():
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 400), key=st.text(max_size=5))
 def test_the_permutation_is_one(size, key):
-    assert sorted(_permuted(i, size, key) for i in range(size)) == list(range(size))
+    assert sorted(permuted(i, size, key) for i in range(size)) == list(range(size))

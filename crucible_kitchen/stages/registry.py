@@ -3,12 +3,11 @@
 They know the model registry port only. Read next: ``crucible_kitchen.ports.model_registry``.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
-from crucible_kitchen.config import DataConfig, ModelConfig, RegistryConfig
+from crucible_kitchen.config import ModelConfig, RegistryConfig
 from crucible_kitchen.events import ModelRegistered
 from crucible_kitchen.ports import ModelRegistry, TrainingSession
-from crucible_kitchen.stages.data import TrainingPlan
 from crucible_kitchen.types import BlobRef, ModelVersion
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -16,8 +15,22 @@ from crucible_kitchen.workflow.stage import stage
 __all__ = ["RegisterConfig", "check_parent", "parent_given", "register_model", "registry_given"]
 
 
-class RegisterConfig(ModelConfig, DataConfig, RegistryConfig):
+class RegisterConfig(ModelConfig, RegistryConfig):
     """What registering depends on."""
+
+
+class TrainedOn(Protocol):
+    """What a model was trained on: a plan of rows, or environments."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's or the environment's name."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints are equal rows or problems."""
+        ...
 
 
 def registry_given(model_registry: ModelRegistry | None) -> bool:
@@ -42,7 +55,7 @@ async def check_parent(config: RegistryConfig, model_registry: ModelRegistry | N
 async def register_model(
     session: TrainingSession,
     final_weights: BlobRef,
-    data: TrainingPlan,
+    data: TrainedOn,
     config: RegisterConfig,
     run: Run,
     model_registry: ModelRegistry | None = None,
@@ -50,7 +63,7 @@ async def register_model(
 ) -> ModelVersion:
     """Register the weights as a new version of the model, with their lineage and what was measured."""
     assert model_registry is not None, "guarded by registry_given"
-    name = config.register_as or default_name(run.recipe, config.model, config.dataset)
+    name = config.register_as or default_name(run.recipe, config.model, data.name)
     version = await model_registry.register(
         name,
         final_weights.uri,
@@ -82,7 +95,7 @@ def _short(name: str) -> str:
     return stem if stem and ending in ("jsonl", "json", "csv", "tsv", "parquet", "gguf") else last
 
 
-def lineage(config: RegisterConfig, data: TrainingPlan, session: TrainingSession, run: Run) -> dict[str, Any]:
+def lineage(config: RegisterConfig, data: TrainedOn, session: TrainingSession, run: Run) -> dict[str, Any]:
     """Return what a model came from, as JSON."""
     manifest = run.manifest
     return {

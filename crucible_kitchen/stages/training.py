@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio
 
-from crucible_kitchen.config import CheckpointConfig, ModelConfig, OptimConfig
+from crucible_kitchen.config import AdamConfig, CheckpointConfig, ModelConfig, OptimConfig
 from crucible_kitchen.errors import CapabilityError, NonFiniteLoss
 from crucible_kitchen.events import TrainingCheckpoint, TrainingEpoch, TrainingStep
 from crucible_kitchen.learner.hyperparams import recommended_learning_rate
@@ -177,7 +177,7 @@ def _has_cross_entropy(training_client: TrainingClient) -> None:
         raise CapabilityError("the training backend cannot scale a step", hint="use another training_client")
 
 
-def step_rate(index: int, total: int, config: OptimConfig, info: SessionInfo) -> float:
+def step_rate(index: int, total: int, config: AdamConfig, info: SessionInfo) -> float:
     """Return the learning rate of step ``index`` (from 0) of ``total``."""
     return learning_rate(
         index,

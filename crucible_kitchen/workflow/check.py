@@ -21,9 +21,10 @@ from crucible_kitchen.workflow.conditions import (
     port_optional,
     ports_of,
 )
-from crucible_kitchen.workflow.nodes import Loop, Parallel, Positioned, When, Workflow, walk
+from crucible_kitchen.workflow.nodes import Loop, Parallel, Positioned, Stream, When, Workflow, walk
 from crucible_kitchen.workflow.scope import Known, Scope, join, written_in
 from crucible_kitchen.workflow.stage import Parameter, Resource, Signature, Stage, Step, signature_of
+from crucible_kitchen.workflow.stream import Feed
 from crucible_kitchen.workflow.typing import fits, recordable, type_name
 
 __all__ = ["PORT_NAMES", "RESERVED", "check", "nested_config", "ports_of"]
@@ -86,6 +87,8 @@ class _Checker:
                 self._loop(node, scope, f"{path}/{node.name}")
             elif isinstance(node, Parallel):
                 self._parallel(node, scope, path)
+            elif isinstance(node, Stream):
+                self._stream(node, scope, f"{path}/{node.name}")
             elif isinstance(node, Workflow):
                 self._nested(node, scope, f"{path}/{node.name}")
             else:  # a plain function, say: the types forbid it, people do it
@@ -155,14 +158,32 @@ class _Checker:
 
     def _loop(self, loop: Loop, scope: Scope, path: str) -> None:
         self._selector(loop.over, scope, path, "what a loop is over")
-        item = self._item_type(loop, path)
+        self._turns(loop, self._item_type(loop, path), scope, path)
+
+    def _stream(self, stream: Stream, scope: Scope, path: str) -> None:
+        self._selector(stream.over, scope, path, "what a stream is over")
+        feed = signature_of(stream.over).returns
+        if isinstance(feed, type) and not fits(feed, Feed):
+            self.problem(path, f"is over a {type_name(feed)}, which is no feed: it lacks running, position or seek")
+        produce: Step = stream.produce  # the types forbid a resource, people do it
+        where = f"{path}/{produce.name}"
+        if not isinstance(produce, Stage) or produce.writes is not None:
+            self.problem(where, "produces for a stream: it is a stage that writes nothing and returns what it made")
+        if stream.draws in RESERVED or stream.draws in scope.names:
+            self.problem(path, f"the draw's name {stream.draws!r} is already taken here; give another one: draws=")
+        inner = scope.fork()
+        inner.names[stream.draws] = Known(Any, definite=True, writer=path, item=True)
+        self._step(produce, inner, where)
+        self._turns(stream, Any, scope, path)
+
+    def _turns(self, loop: Loop | Stream, item: Any, scope: Scope, path: str) -> None:
         if loop.name in RESERVED or loop.name in scope.names or loop.name in scope.later:
             self.problem(path, f"the loop's name {loop.name!r} is already taken here; give it a new one")
         turn = replace(scope.fork(), depth=scope.depth + 1, inherited=frozenset())
         turn.names[loop.name] = Known(item, definite=True, writer=path, item=True)
         turn.later = scope.later | dict(written_in(loop.body, path))
         turn.close(self.block(loop.body, turn, path), path)
-        if loop.until:
+        if isinstance(loop, Loop) and loop.until:
             self._selector(loop.until, turn, f"{path} (until)", "until")
         turn.names.pop(loop.name, None)
         inherited = scope.inherited

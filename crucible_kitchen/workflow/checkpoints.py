@@ -130,7 +130,7 @@ class Checkpoints:
         return {
             "values": values,
             "live": [live.path for block in blocks for live in block.live],
-            "loops": {loop.path: {"index": loop.index, "position": to_json(loop.position)} for loop in frame.loops},
+            "loops": {loop.path: {"index": loop.index, "position": to_json(loop.now())} for loop in frame.loops},
             "reads": {path: changed for path, reads in entered if (changed := _changed(frame, reads, path))},
             "metrics": dict(self._context.metrics),
             "artifacts": [to_json(artifact) for artifact in self._context.artifacts],

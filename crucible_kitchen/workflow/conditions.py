@@ -11,7 +11,7 @@ from crucible_kitchen.errors import CrucibleError
 from crucible_kitchen.ports import PORTS
 from crucible_kitchen.workflow.binding import PORT_NAMES
 from crucible_kitchen.workflow.failures import says
-from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow, walk
+from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Stream, When, Workflow, children, walk
 from crucible_kitchen.workflow.stage import Parameter, Step, signature_of
 from crucible_kitchen.workflow.typing import is_optional
 
@@ -50,6 +50,8 @@ def _functions(workflow: Workflow) -> Iterator[Callable[..., Any]]:
             yield node.over
             if node.until:
                 yield node.until
+        elif isinstance(node, Stream):
+            yield node.over
         elif isinstance(node, When):
             yield node.test
 
@@ -87,8 +89,8 @@ def _steps_with_config(nodes: Sequence[Node], config: RunConfig, path: str) -> I
             yield f"{path}/{node.name}", node, config
         elif isinstance(node, Workflow):
             yield from _steps_with_config(node.body, nested_config(node, config), f"{path}/{node.name}")
-        elif isinstance(node, Loop):
-            yield from _steps_with_config(node.body, config, f"{path}/{node.name}")
+        elif isinstance(node, (Loop, Stream)):
+            yield from _steps_with_config(children(node), config, f"{path}/{node.name}")
         elif isinstance(node, When):
             yield from _steps_with_config(node.body + node.otherwise, config, path)
         elif isinstance(node, Parallel):

@@ -9,7 +9,7 @@ from typing import Any
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.types import JsonObject
 from crucible_kitchen.workflow.binding import PORT_NAMES, RESERVED
-from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
+from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Stream, When, Workflow
 from crucible_kitchen.workflow.stage import Resource, Step
 from crucible_kitchen.workflow.typing import type_name
 
@@ -54,6 +54,10 @@ def _lines(nodes: tuple[Node, ...], indent: str) -> Iterator[str]:
         elif isinstance(node, Loop):
             yield f"{indent}{_loop_title(node)}"
             yield from _lines(node.body, deeper)
+        elif isinstance(node, Stream):
+            yield f"{indent}{_stream_title(node)}"
+            yield f"{deeper}beside it, for each {node.draws}: {_step_line(node.produce)}"
+            yield from _lines(node.body, deeper)
         elif isinstance(node, When):
             yield f"{indent}when {_name(node.test)}"
             yield from _lines(node.body, deeper)
@@ -96,6 +100,14 @@ def _loop_title(node: Loop) -> str:
     return f"for {node.name} in {_name(node.over)}" + (f", until {_name(node.until)}" if node.until else "")
 
 
+def _title(node: Loop | Stream) -> str:
+    return _loop_title(node) if isinstance(node, Loop) else _stream_title(node)
+
+
+def _stream_title(node: Stream) -> str:
+    return f"stream {node.name} from {_name(node.over)}"
+
+
 def _name(fn: Any) -> str:
     name: str = getattr(fn, "__name__", repr(fn))
     return "(expression)" if name == "<lambda>" else name
@@ -136,10 +148,16 @@ class _Chart:
                 fork = ends
                 ends = [end for branch in node.branches for end in self._block(branch, fork, indent)] or fork
             else:
-                title = _loop_title(node) if isinstance(node, Loop) else node.name
-                self._lines.append(f'{indent}subgraph {self._id()}["{_quoted(title)}"]')
-                ends = self._block(node.body, ends, indent + "  ")
-                self._lines.append(f"{indent}end")
+                ends = self._subgraph(node, ends, indent)
+        return ends
+
+    def _subgraph(self, node: Loop | Stream | Workflow, ends: list[str], indent: str) -> list[str]:
+        title = node.name if isinstance(node, Workflow) else _title(node)
+        self._lines.append(f'{indent}subgraph {self._id()}["{_quoted(title)}"]')
+        if isinstance(node, Stream):
+            ends = [*ends, self._box(ends, indent + "  ", _label(node.produce), ("[[", "]]"))]
+        ends = self._block(node.body, ends, indent + "  ")
+        self._lines.append(f"{indent}end")
         return ends
 
     def _box(self, ends: list[str], indent: str, label: str, shape: tuple[str, str]) -> str:

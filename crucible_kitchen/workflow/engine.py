@@ -7,9 +7,10 @@ adapter, no store and no sink. Read next: ``crucible_kitchen.workflow.resources`
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
@@ -18,8 +19,9 @@ import anyio.lowlevel
 
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import CleanupError, CrucibleError, RunPaused, StageTimeout
-from crucible_kitchen.events import StageErrored, StageStart, StageStop
+from crucible_kitchen.events import StageErrored, StageStart, StageStop, WarningRaised
 from crucible_kitchen.ports import TrainingCapabilities
+from crucible_kitchen.types import Json
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.branches import Branches
 from crucible_kitchen.workflow.checkpoints import Checkpoints
@@ -38,7 +40,7 @@ from crucible_kitchen.workflow.frame import (
     opens_resources,
 )
 from crucible_kitchen.workflow.memory import Keep
-from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, When, Workflow
+from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Stream, When, Workflow
 from crucible_kitchen.workflow.records import Records
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.run import Run, RunContext, seed_of
@@ -148,7 +150,7 @@ class _Engine:
                 await self._step(node, frame)
             elif isinstance(node, When):
                 await self._nodes(self._side(node, frame), frame)
-            elif isinstance(node, Loop):
+            elif isinstance(node, (Loop, Stream)):
                 await self._loop(node, frame)
             elif isinstance(node, Parallel):
                 await Branches(node, frame, self._block).run()
@@ -163,21 +165,35 @@ class _Engine:
             return taken
         return node.body if self._call(node.test, frame, frame.prefix) else node.otherwise
 
-    async def _loop(self, node: Loop, frame: Frame) -> None:
-        prefix, turns = frame.prefix, frame.turns
-        path, forward = f"{prefix}/{node.name}", frame.seeking()
+    async def _loop(self, node: Loop | Stream, frame: Frame) -> None:
+        path, forward = f"{frame.prefix}/{node.name}", frame.seeking()
         first, position = forward.turn(path) if forward is not None else (0, None)
         here = OpenLoop(path, frame.read_by(node.over), first)
         over = self._call(node.over, frame, path, forward.reads(path) if forward is not None else None)
+        if isinstance(node, Loop):
+            await self._turns(node, here, each(over, path, first, position), frame)
+            return
+        here.feed = over
+        async with over.running(self._producer(node, frame, path), warn=partial(self._warn, path)):
+            await self._turns(node, here, each(over, path, first, position), frame)
+
+    async def _turns(
+        self, node: Loop | Stream, here: OpenLoop, over: AsyncGenerator[tuple[Json, Any], None], frame: Frame
+    ) -> None:
+        prefix, turns, path = frame.prefix, frame.turns, here.path
         frame.loops.append(here)
         try:
-            async with aclosing(each(over, path, first, position)) as items:
+            async with aclosing(over) as items:
                 async for here.position, item in items:
                     waits, frame.prefix = self._waits, f"{path}[{here.index}]"
                     frame.turns = {**turns, node.name: here.index}
                     frame.write(node.name, item, Origin(frame.prefix))
                     await self._block(node.body, frame, frame.prefix)
-                    if node.until is not None and self._call(node.until, frame, frame.prefix):
+                    if (
+                        isinstance(node, Loop)
+                        and node.until is not None
+                        and self._call(node.until, frame, frame.prefix)
+                    ):
                         break
                     here.index += 1
                     if self._waits == waits:  # a loop of stages that never wait lets others run
@@ -186,6 +202,20 @@ class _Engine:
             frame.prefix, frame.turns = prefix, turns
             frame.loops.remove(here)
             frame.drop(node.name)
+
+    def _producer(self, node: Stream, frame: Frame, path: str) -> Callable[[Any], Awaitable[Any]]:
+        """Return what produces one draw of a stream: it sees the state as it is now, and the draw."""
+        seen, fn = frame.fork(), node.produce.fn
+        run = Run(self._context, f"{path}/{node.produce.name}", frame.turns, 1)
+
+        async def produce(draw: Any) -> Any:
+            values = {**seen.values, node.draws: draw}
+            return await fn(**binder_of(fn).bind(values, seen.config, self._adapters, lambda: run))
+
+        return produce
+
+    def _warn(self, path: str, code: str, message: str) -> None:
+        self._context.emit(WarningRaised(code=code, message=message, path=path))
 
     async def _nested(self, node: Workflow, frame: Frame) -> None:
         inner = frame.fork()

@@ -19,6 +19,7 @@ from crucible_kitchen.workflow.failures import as_ours
 from crucible_kitchen.workflow.nodes import Node, Positioned, When
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.stage import Resource
+from crucible_kitchen.workflow.stream import Feed
 
 if TYPE_CHECKING:
     from crucible_kitchen.workflow.forward import Forward
@@ -59,12 +60,18 @@ class OpenLoop:
         reads: the recordable values that ``over`` read.
         index: the current turn.
         position: where a ``Positioned`` stood before it gave the current item.
+        feed: of a stream, which moves within a turn.
     """
 
     path: str
     reads: Mapping[str, Any]
     index: int = 0
     position: Json = None
+    feed: Feed | None = None
+
+    def now(self) -> Json:
+        """Return the position that a checkpoint taken now goes on from."""
+        return self.position if self.feed is None else self.feed.position()
 
 
 @dataclass(slots=True)

@@ -12,16 +12,28 @@ from crucible_kitchen.config import RunConfig
 from crucible_kitchen.types import Json
 from crucible_kitchen.workflow.stage import Resource, Stage, Step
 
-__all__ = ["Loop", "Node", "Parallel", "Positioned", "Selector", "When", "Workflow", "children", "steps", "walk"]
+__all__ = [
+    "Loop",
+    "Node",
+    "Parallel",
+    "Positioned",
+    "Selector",
+    "Stream",
+    "When",
+    "Workflow",
+    "children",
+    "steps",
+    "walk",
+]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-N = TypeVar("N", "Loop", "When", "Parallel", "Workflow")
+N = TypeVar("N", "Loop", "When", "Parallel", "Stream", "Workflow")
 
 Selector: TypeAlias = Callable[..., T]
 """A plain pure function, injected like a stage and evaluated again on resume."""
 
-Node: TypeAlias = "Stage[..., Any] | Resource[..., Any] | Loop | When | Parallel | Workflow"
+Node: TypeAlias = "Stage[..., Any] | Resource[..., Any] | Loop | When | Parallel | Stream | Workflow"
 
 
 @runtime_checkable
@@ -108,6 +120,43 @@ class Parallel:
         object.__setattr__(self, "branches", split)
         object.__setattr__(self, "limit", limit)
         object.__setattr__(self, "on_error", on_error)
+
+
+@dataclass(frozen=True, init=False)
+class Stream:
+    """Produces concurrently while its body consumes: a loop whose items are made meanwhile.
+
+    ``produce`` runs once per draw, by supervised workers. It sees the state as it was when the stream began, and the
+    draw; it writes nothing. What changes meanwhile is reached through a resource. The body runs turn by turn like a
+    loop's and reads what was produced under the stream's name.
+
+    Args:
+        name: a name that is new where the stream stands.
+        produce: a stage without ``writes``.
+        body: the nodes of one turn.
+        over: gives the feed (``crucible_kitchen.workflow.stream.Feed``): what is drawn, how many at a time, how far
+            ahead, and what a turn gets.
+        draws: the name under which ``produce`` reads its draw.
+
+    Example::
+
+        Stream("rollouts", rollout, compute_advantages, ppo_update, over=rollout_feed, draws="ticket")
+    """
+
+    name: str
+    produce: "Stage[..., Any]"
+    over: Selector[Any]
+    draws: str
+    body: tuple[Node, ...]
+
+    def __init__(
+        self, name: str, produce: "Stage[..., Any]", *body: Node, over: Selector[Any], draws: str = "draw"
+    ) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "produce", produce)
+        object.__setattr__(self, "body", body)
+        object.__setattr__(self, "over", over)
+        object.__setattr__(self, "draws", draws)
 
 
 @dataclass(frozen=True, init=False)
@@ -218,6 +267,11 @@ def _map_children(node: Node, visit: Visit, prefix: str) -> Node:
         return _copy(node, body=visit(node.body, prefix))
     if isinstance(node, Workflow):
         return _copy(node, body=visit(node.body, prefix))
+    if isinstance(node, Stream):
+        made = visit((node.produce,), prefix)
+        if len(made) != 1 or not isinstance(made[0], Stage):
+            raise LookupError(f"the stream {node.name!r} is produced by one stage; replace it by one stage")
+        return _copy(node, produce=made[0], body=visit(node.body, prefix))
     if isinstance(node, When):
         return _copy(node, body=visit(node.body, prefix), otherwise=visit(node.otherwise, prefix))
     if isinstance(node, Parallel):
@@ -230,6 +284,8 @@ def children(node: Node) -> tuple[Node, ...]:
     """Return a control node's children, all blocks together; a stage has none."""
     if isinstance(node, (Loop, Workflow)):
         return node.body
+    if isinstance(node, Stream):
+        return (node.produce, *node.body)
     if isinstance(node, When):
         return node.body + node.otherwise
     if isinstance(node, Parallel):

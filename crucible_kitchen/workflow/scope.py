@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.workflow.nodes import Loop, Node, Workflow, children
+from crucible_kitchen.workflow.nodes import Loop, Node, Stream, Workflow, children
 from crucible_kitchen.workflow.stage import Stage
 from crucible_kitchen.workflow.typing import fits
 
@@ -106,4 +106,4 @@ def written_in(nodes: Sequence[Node], prefix: str) -> Iterator[tuple[str, Known]
             inner = dict(written_in(node.body, path))
             yield from ((n, inner.get(n, Known(Any, definite=False, writer=path))) for n in node.returns)
         else:
-            yield from written_in(children(node), path if isinstance(node, Loop) else prefix)
+            yield from written_in(children(node), path if isinstance(node, (Loop, Stream)) else prefix)

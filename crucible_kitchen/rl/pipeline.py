@@ -1,0 +1,500 @@
+"""From problems to batches: env groups as supervised actors, a bounded queue, and the gate that bounds staleness.
+
+It knows what a group is worth (usable, how old), not what is in it; it runs on any clock. Read next:
+``crucible_kitchen.rl.staleness``, ``crucible_kitchen.rl.ledgers``.
+"""
+
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+import anyio
+
+from crucible_kitchen.actors import Actor, ActorRef, ChildSpec, Restarts, SupervisorSpec, supervise
+from crucible_kitchen.actors.loop import Loop
+from crucible_kitchen.errors import CrucibleError, EnvironmentFault, MessageQuarantined
+from crucible_kitchen.rl.ledgers import RolloutLedger, TimeLedger
+from crucible_kitchen.rl.staleness import StalenessPolicy
+from crucible_kitchen.rl.trajectories import Ticket
+from crucible_kitchen.types import Array, JsonObject
+
+__all__ = ["Batch", "PipelinePlan", "Rollouts"]
+
+RESTARTS = Restarts(most=1000, within=60.0, initial=0.005, factor=2.0, longest=0.05)
+"""Env groups may die often: what gives up is the count of problems that came to nothing in a row."""
+
+
+class Rolled(Protocol):
+    """What the pipeline knows of a group; ``TrajectoryGroup`` fulfils it."""
+
+    @property
+    def ticket(self) -> Ticket:
+        """Which problem."""
+        ...
+
+    @property
+    def unusable(self) -> str | None:
+        """Why it cannot be trained, or None."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """How much was sampled, in tokens."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        ...
+
+    def versions(self) -> Array:
+        """Policy versions that sampled it, one per token."""
+        ...
+
+
+G = TypeVar("G", bound=Rolled)
+Produce: TypeAlias = Callable[[Ticket], Awaitable[G]]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """How many groups, and how far ahead.
+
+    Attributes:
+        batches: updates in all.
+        per_batch: groups of one update.
+        max_staleness: K: updates that may lie between sampling and training, as the policy understands it.
+        staleness: what is done about it.
+        workers: groups that are rolled out at a time.
+        in_order: batches are taken in the order of drawing, not of arrival.
+        quarantine_after: env-group actors that a problem may kill before it is dropped.
+        seed: of the waits between restarts.
+    """
+
+    batches: int
+    per_batch: int
+    max_staleness: int = 0
+    staleness: StalenessPolicy = "aggregate"
+    workers: int = 8
+    in_order: bool = False
+    quarantine_after: int = 2
+    seed: int = 0
+
+    @property
+    def ahead(self) -> int:
+        """Most groups that are drawn and not yet trained: the bound of the queue and all before it."""
+        return self.per_batch * (self.max_staleness + 1)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A ticket on its way."""
+
+    ticket: Ticket
+    version: int
+    scope: anyio.CancelScope | None = None
+    began: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fatal:
+    error: Exception
+
+
+class _EnvGroup(Actor[_Job, Any]):
+    """One env group at a time. What it cannot explain kills it; the next one is given the same problem again."""
+
+    def __init__(self, produce: Produce[Any], fatal: tuple[type[Exception], ...]) -> None:
+        self._produce = produce
+        self._fatal = fatal
+
+    async def handle(self, message: _Job) -> Any:
+        """Roll out one problem; None if it was cancelled for being too old."""
+        try:
+            if message.scope is None:
+                return await self._produce(message.ticket)
+            with message.scope:
+                return await self._produce(message.ticket)
+        except self._fatal as error:
+            return _Fatal(error)
+        return None
+
+
+class Rollouts(Generic[G]):
+    """All rollouts of a run: draws problems, has them rolled out, and gives them to the learner batch by batch.
+
+    At most ``plan.ahead`` groups are drawn and not yet trained, wherever they are. Iterate over it inside ``running``.
+
+    Args:
+        plan: how many, how far ahead.
+        order: problem number by index of drawing; unset: a seeded order, anew for every pass.
+        fatal: errors that end the run at once.
+        dropped: told of each group that is given up: its index and why.
+    """
+
+    def __init__(
+        self,
+        plan: PipelinePlan,
+        *,
+        order: Callable[[int], int],
+        fatal: tuple[type[Exception], ...] = (),
+        dropped: Callable[[int, str], object] = lambda _index, _why: None,
+    ) -> None:
+        self.plan = plan
+        self.ledger = RolloutLedger()
+        self.version = 0
+        self.staleness: Counter[int] = Counter()
+        self.sampled_tokens = self.trained_tokens = self.wasted_tokens = 0
+        self.sampled_groups = 0
+        self.rolled_seconds = 0.0
+        self._order = order
+        self._fatal = fatal
+        self._told = dropped
+        self._next = 0
+        self._again: deque[int] = deque()
+        self._flying: dict[int, _Job] = {}
+        self._queue: deque[G] = deque()
+        self._batch: Batch[G] | None = None
+        self._in_vain = 0
+        self._failure: Exception | None = None
+        self._resumed = False
+        self._loop: Loop
+        self._room: anyio.Event  # a problem may be drawn now
+        self._begun: anyio.Event  # the first turn was asked for
+        self._arrival: anyio.Event  # the learner has something to look at
+        self.learner: TimeLedger
+        self.workers: list[TimeLedger] = []
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(
+        self,
+        produce: Produce[G],
+        *,
+        warn: Callable[[str, str], object] = lambda _code, _text: None,
+    ) -> AsyncGenerator["Rollouts[G]", None]:
+        """Have problems rolled out for the length of a block; nothing of it outlives the block.
+
+        Args:
+            produce: rolls out one problem. What it raises kills its actor.
+            warn: see ``supervise``.
+        """
+        self._loop = Loop()
+        self._room, self._arrival, self._begun = self._loop.event(), self._loop.event(), self._loop.event()
+        self.workers = []
+        self.learner = TimeLedger(self._loop.time, "start")
+        count = max(1, min(self.plan.workers, self.plan.ahead))
+        make = partial(_EnvGroup, produce, self._fatal)
+        specs = tuple(
+            ChildSpec(f"env-group-{i}", make, capacity=1, drain=False, quarantine_after=self.plan.quarantine_after)
+            for i in range(count)
+        )
+        tree_spec = SupervisorSpec("rollouts", specs, restarts=RESTARTS, seed=self.plan.seed)
+        failure: Exception | None = None
+        async with supervise(tree_spec, warn=warn) as tree, anyio.create_task_group() as tasks:
+            for spec in specs:
+                time = TimeLedger(self._loop.time, "gate")
+                self.workers.append(time)
+                tasks.start_soon(self._work, tree.ref(spec), time)
+            try:
+                yield self
+            except Exception as error:  # noqa: BLE001 - raised below, outside the group that would wrap it
+                failure = error
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def __aiter__(self) -> AsyncGenerator["Batch[G]", None]:
+        """Yield one batch per update, until all updates are taken; each must be ``trained`` before the next."""
+        self._begun.set()
+        if self._resumed:
+            self._resumed = False
+            yield Batch(self, self.version - 1, over=True)
+        while self.version < self.plan.batches:
+            self._batch = Batch(self, self.version)
+            yield self._batch
+            if self._batch is not None:
+                raise RuntimeError("the batch was not trained: call trained() before the next")
+
+    def _has_room(self) -> None:
+        room, self._room = self._room, self._loop.event()
+        room.set()
+
+    def _has_arrived(self) -> None:
+        arrival, self._arrival = self._arrival, self._loop.event()
+        arrival.set()
+
+    # -- the workers' side --------------------------------------------------------------------------------------------
+
+    async def _work(self, worker: ActorRef[_Job, Any], time: TimeLedger) -> None:
+        await self._begun.wait()
+        while (job := await self._draw(time)) is not None:
+            time.enter("rollout")
+            try:
+                result = await worker.ask(job)
+            except MessageQuarantined as error:
+                del self._flying[job.ticket.index]
+                self._drop(job.ticket.index, f"quarantined: {_says(error.__cause__)}", lost=True)
+            else:
+                del self._flying[job.ticket.index]
+                self._arrived(job.ticket.index, result)
+            self._has_arrived()
+            time.enter("gate")
+
+    async def _draw(self, time: TimeLedger) -> _Job | None:
+        """Return the next problem once it may be drawn, or None when all are."""
+        while not self._may_draw():
+            if self.ledger.trained + self._open >= self._wanted and self.version >= self.plan.batches:
+                time.enter("done")
+                return None
+            await self._room.wait()
+        if self._again:
+            index = self._again.popleft()
+            self.ledger.requeued += 1
+        else:
+            index, self._next = self._next, self._next + 1
+            self.ledger.drawn += 1
+        job = _Job(Ticket(index, self._order(index)), self.version, began=self._loop.time())
+        if self.plan.staleness == "cancel":
+            job.scope = anyio.CancelScope()
+        self._flying[index] = job
+        return job
+
+    @property
+    def _wanted(self) -> int:
+        return self.plan.batches * self.plan.per_batch
+
+    @property
+    def _open(self) -> int:
+        """Groups drawn, and neither trained nor dropped; those still to be drawn again are not among them."""
+        taken = len(self._batch.groups) if self._batch is not None else 0
+        return len(self._flying) + len(self._queue) + taken
+
+    def _may_draw(self) -> bool:
+        return self._open < self.plan.ahead and self.ledger.trained + self._open < self._wanted
+
+    def _arrived(self, index: int, result: Any) -> None:
+        if isinstance(result, _Fatal):
+            self._failure = self._failure or result.error
+            self._drop(index, "fatal")
+        elif result is None:
+            self._drop(index, "cancelled")
+        else:
+            self.sampled_tokens += result.length
+            self.sampled_groups += 1
+            if (why := result.unusable) is not None:
+                self.wasted_tokens += result.length
+                self._drop(index, why, lost=True)
+            else:
+                self._in_vain = 0
+                self._queue.append(result)
+
+    def _drop(self, index: int, why: str, *, lost: bool = False) -> None:
+        """Give a group up; too many lost ones in a row are a failure of the run."""
+        self.ledger.dropped[why.partition(":")[0]] += 1
+        self._told(index, why)
+        self._in_vain += lost
+        if self._in_vain >= max(16, 2 * self.plan.ahead) and self._failure is None:
+            self._failure = EnvironmentFault(
+                f"{self._in_vain} groups in a row came to nothing, the last because: {why}",
+                hint="try the environment by itself; see the rl.group_dropped events",
+            )
+        self._has_room()
+
+    # -- the learner's side -------------------------------------------------------------------------------------------
+
+    async def take(self, batch: "Batch[G]") -> G:
+        """Return the next group for a batch, and wait for it."""
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            group = self._pick(batch)
+            if group is not None:
+                self.learner.enter("compute")
+                return group
+            self.learner.enter("wait")
+            await self._arrival.wait()
+
+    def _pick(self, batch: "Batch[G]") -> G | None:
+        plan = self.plan
+        if plan.in_order:
+            first = min((g.ticket.index for g in self._queue), default=None)
+            if first is None or any(index < first for index in (*self._flying, *self._again)):
+                return None
+            return self._out(next(g for g in self._queue if g.ticket.index == first))
+        if plan.staleness == "aggregate":
+            return self._queue.popleft() if self._queue else None
+        if plan.staleness == "block":
+            return self._pick_blocking(batch)
+        for group in list(self._queue):  # discard, cancel: what is too old is given up
+            self._queue.remove(group)
+            if self.version - oldest(group) <= plan.max_staleness:
+                return group
+            self.wasted_tokens += group.length
+            self._drop(group.ticket.index, "stale")
+        return None
+
+    def _pick_blocking(self, batch: "Batch[G]") -> G | None:
+        """Return a group such that no other one becomes too old by waiting for the next update."""
+        due = self.version - self.plan.max_staleness
+        overdue = next((g for g in self._queue if oldest(g) <= due), None)
+        if overdue is not None:
+            return self._out(overdue)
+        late = sum(job.version <= due for job in self._flying.values())
+        room = self.plan.per_batch - len(batch.groups)
+        return self._queue.popleft() if self._queue and room > late else None
+
+    def _out(self, group: G) -> G:
+        self._queue.remove(group)
+        return group
+
+    def trained(self, batch: "Batch[G]") -> None:
+        """Count a batch as trained: its places are free, and what is sampled from now on is one version newer.
+
+        Raises:
+            LedgerBroken: the ledger does not add up.
+        """
+        for group in batch.groups:
+            versions = group.versions()
+            for age, count in zip(*_counts(batch.update - versions), strict=True):
+                self.staleness[age] += count
+            self.trained_tokens += group.length
+            self.rolled_seconds += group.seconds
+        self.ledger.trained += len(batch.groups)
+        self._batch = None
+        self.version = batch.update + 1
+        self.learner.enter("between")
+        self.check()
+        if self.plan.staleness == "cancel":
+            for job in self._flying.values():
+                if self.version - job.version > self.plan.max_staleness and job.scope is not None:
+                    job.scope.cancel()
+        self._has_room()
+
+    # -- for whoever looks --------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Check that the ledger adds up: see ``RolloutLedger.check``."""
+        taken = len(self._batch.groups) if self._batch is not None else 0
+        self.ledger.check(buffered=len(self._queue) + taken, in_flight=len(self._flying) + len(self._again))
+
+    @property
+    def depth(self) -> int:
+        """Groups in the queue."""
+        return len(self._queue)
+
+    @property
+    def in_flight(self) -> int:
+        """Groups that are being rolled out."""
+        return len(self._flying)
+
+    def waiting_for(self) -> Sequence[tuple[int, float]]:
+        """Return the groups that are being rolled out, the longest first: index and seconds."""
+        now = self._loop.time()
+        return sorted(((i, now - job.began) for i, job in self._flying.items()), key=lambda pair: -pair[1])
+
+    @property
+    def efficiency(self) -> float:
+        """Overlap efficiency so far: the greater of the learner's and the workers' work, over the wall clock."""
+        spent = self.learner.spent()
+        learned = spent.get("compute", 0.0)
+        ideal = max(learned, self.rolled_seconds / len(self.workers))
+        return ideal / self.learner.wall if self.learner.wall else 0.0
+
+    @property
+    def waste(self) -> float:
+        """Share of what was sampled that was given up, in tokens."""
+        return self.wasted_tokens / self.sampled_tokens if self.sampled_tokens else 0.0
+
+    @property
+    def length_bias(self) -> float:
+        """Mean length of what is trained over the mean length of what was sampled; 1 if nothing was given up."""
+        kept = self.sampled_tokens - self.wasted_tokens
+        groups = self.ledger.trained + len(self._queue)
+        given_up = self.sampled_groups - groups
+        if not (kept and groups and given_up > 0):
+            return 1.0
+        return (kept / groups) / (self.sampled_tokens / self.sampled_groups)
+
+    # -- position -----------------------------------------------------------------------------------------------------
+
+    def position(self) -> JsonObject:
+        """Return where the rollouts are; what is buffered or in flight is drawn again from there, with equal seeds."""
+        taken = self._batch.groups if self._batch is not None else []
+        indices = {g.ticket.index for g in (*self._queue, *taken)} | set(self._flying) | set(self._again)
+        return {
+            "version": self.version,
+            "next": self._next,
+            "again": sorted(indices),
+            "over": self._batch is None and self.version > 0,
+            "ledger": self.ledger.to_json(),
+            "staleness": {str(age): n for age, n in sorted(self.staleness.items())},
+            "tokens": [self.sampled_tokens, self.trained_tokens, self.wasted_tokens],
+        }
+
+    def seek(self, position: JsonObject) -> None:
+        """Go on from a position; call it before the first batch."""
+        self.version, self._next = position["version"], position["next"]
+        self._again = deque(position["again"])
+        self._resumed = position["over"]
+        self.ledger = RolloutLedger.from_json(position["ledger"])
+        self.staleness = Counter({int(age): n for age, n in position["staleness"].items()})
+        self.sampled_tokens, self.trained_tokens, self.wasted_tokens = position["tokens"]
+
+
+class Batch(Generic[G]):
+    """The groups of one update, as they arrive; iterating again gives the same ones first.
+
+    Args:
+        rollouts: where they come from.
+        update: which update, from 0: the version of the policy that it starts from.
+        over: it was trained before a restart, and has no groups.
+    """
+
+    def __init__(self, rollouts: Rollouts[G], update: int, *, over: bool = False) -> None:
+        self.rollouts = rollouts
+        self.update = update
+        self.groups: list[G] = []
+        self._over = over
+
+    def __len__(self) -> int:
+        """Return how many groups it will have."""
+        return 0 if self._over else self.rollouts.plan.per_batch
+
+    async def __aiter__(self) -> AsyncGenerator[G, None]:
+        for group in list(self.groups):
+            yield group
+        while len(self.groups) < len(self):
+            group = await self.rollouts.take(self)
+            self.groups.append(group)
+            yield group
+
+    async def all(self) -> list[G]:
+        """Return all groups, in the order of drawing, once they are there."""
+        async for _ in self:
+            pass
+        return sorted(self.groups, key=lambda group: group.ticket.index)
+
+    def trained(self) -> None:
+        """See ``Rollouts.trained``; call it when the update has been taken and its sampler published."""
+        if not self._over:
+            self._over = True
+            self.rollouts.trained(self)
+
+
+def oldest(group: Rolled) -> int:
+    """Return the oldest policy version that sampled a group."""
+    return int(group.versions().min())
+
+
+def _counts(ages: Array) -> tuple[Iterator[int], Iterator[int]]:
+    found: Counter[int] = Counter(ages.tolist())
+    return iter(found.keys()), iter(found.values())
+
+
+def _says(error: BaseException | None) -> str:
+    return error.message if isinstance(error, CrucibleError) else type(error).__name__

@@ -1,0 +1,63 @@
+"""Reinforcement learning: how it runs. What each step does stands in ``crucible_kitchen.stages``."""
+
+from crucible_kitchen.stages.policy_update import (
+    UpdateConfig,
+    assemble_rl_batch,
+    compute_advantages,
+    log_rl_metrics,
+    ppo_update,
+    streaming_update,
+    streams,
+)
+from crucible_kitchen.stages.registry import RegisterConfig, check_parent, parent_given, register_model, registry_given
+from crucible_kitchen.stages.rollout import (
+    EvaluatedPartsConfig,
+    build_env_group,
+    do_rollout,
+    evaluate_policy,
+    init_policy_session,
+    log_rollouts,
+    open_policy,
+    policy_eval_at_start,
+    policy_eval_due,
+    publish_policy,
+    rollout_feed,
+)
+from crucible_kitchen.stages.training import checkpoint_due, save_checkpoint, save_final
+from crucible_kitchen.workflow.nodes import Stream, When, Workflow
+
+__all__ = ["ReinforcementConfig", "reinforcement"]
+
+
+class ReinforcementConfig(UpdateConfig, EvaluatedPartsConfig, RegisterConfig):
+    """Everything that can be set for reinforcement learning."""
+
+
+evaluate = evaluate_policy.with_(name="evaluate")
+evaluate_before = evaluate_policy.with_(name="evaluate_before", writes="eval_before")
+
+reinforcement = Workflow(
+    "reinforcement",
+    When(parent_given, check_parent),
+    init_policy_session,
+    build_env_group,
+    open_policy,
+    When(policy_eval_at_start, evaluate_before),
+    Stream(
+        "rollouts",
+        do_rollout,
+        When(streams, streaming_update, otherwise=(compute_advantages, assemble_rl_batch, ppo_update)),
+        log_rollouts,
+        publish_policy,
+        log_rl_metrics,
+        When(policy_eval_due, evaluate),
+        When(checkpoint_due, save_checkpoint),
+        over=rollout_feed,
+        draws="ticket",
+    ),
+    save_final,
+    evaluate,
+    When(registry_given, register_model),
+    config=ReinforcementConfig,
+    description="Reinforcement learning: env groups, advantages, PPO and its kin",
+)
