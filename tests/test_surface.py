@@ -70,6 +70,7 @@ COMMANDS = {
     "recipes": "--json --debug",
     "adapters": "--json --debug",
     "sample": "model --prompt -p --system --temperature --top-p --max-tokens --seed --home --adapter --json --debug",
+    "train-server": "--model --host --port --home --adapter --json --debug",
     "doctor": "--home --json --debug",
     "version": "--json",
     "models": "--home --adapter --json --debug",
@@ -116,7 +117,8 @@ ENTRY_POINTS = {
     "crucible_kitchen.adapters": """
         blob_store.files blob_store.noop dataset_store.files dataset_store.huggingface dataset_store.noop
         evaluator.metrics evaluator.noop llm_client.noop llm_client.openai model_registry.noop model_registry.sqlite
-        sampling_client.noop sampling_client.openai training_client.noop training_client.torch
+        sampling_client.http sampling_client.noop sampling_client.openai training_client.http training_client.noop
+        training_client.torch
     """,
     "crucible_kitchen.recipes": "sums_demo",
     "crucible_kitchen.workflows": "preference reinforcement supervised",

@@ -15,7 +15,7 @@ import numpy as np
 from crucible_kitchen.errors import BackendUserError, CapabilityError, ModelNotFound, SessionLost
 from crucible_kitchen.types import Array, Float64Array, JsonObject, Sampled, SamplingParams
 from crucible_kitchen_noop.model import BigramModel, log_softmax, token_logprobs
-from crucible_kitchen_noop.tokenizer import ByteTokenizer
+from crucible_kitchen_noop.tokenizer import VOCAB_SIZE, ByteTokenizer
 
 __all__ = ["CONTEXT_LENGTH", "NoopSampler", "NoopSamplingClient"]
 
@@ -200,7 +200,7 @@ class NoopSamplingClient:
             raise ModelNotFound(f"there is no model {model!r}", hint=f"models: {', '.join(self._models)}")
         name = int.from_bytes(hashlib.sha256(f"{self._seed}:{model}".encode()).digest()[:4], "big")
         seeds = np.random.default_rng([name, 1])
-        table = BigramModel(ByteTokenizer.vocab_size, name, None).table() * 50.0
+        table = BigramModel(VOCAB_SIZE, name, None).table() * 50.0
         sampler = NoopSampler(table, 0, lambda: int(seeds.integers(2**62)), latency=self._latency)
         try:
             yield sampler

@@ -38,7 +38,7 @@ from crucible_kitchen_noop.model import Accumulation, BigramModel
 from crucible_kitchen_noop.outputs import Weights, backward, compute, likeliest
 from crucible_kitchen_noop.sampler import CONTEXT_LENGTH, NoopSampler
 from crucible_kitchen_noop.state import delete_state, read_state, write_state
-from crucible_kitchen_noop.tokenizer import ByteTokenizer
+from crucible_kitchen_noop.tokenizer import VOCAB_SIZE, ByteTokenizer
 
 __all__ = ["NoopSession"]
 
@@ -69,7 +69,7 @@ class _Scope:
             raise BackendUserError(f"the loss {function.name!r} takes groups of {function.group} datums")
         needed = (*needed_inputs(function.reads), *(["weights"] if isinstance(loss, str) else []))
         for datum in datums:
-            check_datum(datum, needed, ByteTokenizer.vocab_size, self.session.info.context_length)
+            check_datum(datum, needed, VOCAB_SIZE, self.session.info.context_length)
         return await self.session._submit(lambda: self.session._accumulate(self, list(datums), function, order))
 
     async def apply(self, params: AdamParams, *, scale: float = 1.0) -> Pending[OptimResult]:

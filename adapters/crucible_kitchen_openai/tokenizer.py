@@ -3,7 +3,9 @@
 Knows no HTTP. Read next: ``crucible_kitchen_openai.sampling``.
 """
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from crucible_kitchen.errors import ConfigError, MissingExtra, ModelNotFound
@@ -46,6 +48,11 @@ class _ServedTokenizer:
         self.chat = bool(inner.chat_template)
         opening = inner.build_inputs_with_special_tokens([]) if inner.bos_token_id is not None else []
         self.prefix_ids = tuple(opening[:1]) if opening[:1] == [inner.bos_token_id] else ()
+
+    def files(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as directory:
+            self._inner.save_pretrained(directory)
+            return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
 
     def encode(self, text: str) -> list[int]:
         return list(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -3,11 +3,12 @@
 Knows text and ids, not models. Read next: ``crucible_kitchen.ports.tokenizer``, the protocol both fulfil.
 """
 
-import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crucible_kitchen import byte_tokenizer
 from crucible_kitchen.errors import ConfigError
 from crucible_kitchen.types import Message
 
@@ -15,43 +16,17 @@ __all__ = ["ByteTokenizer", "HFTokenizer"]
 
 END = "<|end|>"
 ROLES = ("system", "user", "assistant", "tool")
-SPECIALS = {END: 256} | {f"<|{role}|>": 257 + i for i, role in enumerate(ROLES)}
 
 
-class ByteTokenizer:
+class ByteTokenizer(byte_tokenizer.ByteTokenizer):
     """One id per byte of UTF-8, an end token, and one token per role that opens a turn.
 
     A conversation is ``<|user|>question<|end|><|assistant|>answer<|end|>``.
     """
 
-    vocab_size = 256 + len(SPECIALS)
-    eos_id = SPECIALS[END]
-    prefix_ids: tuple[int, ...] = ()
-    chat = False
-    _special = re.compile("(" + "|".join(re.escape(s) for s in SPECIALS) + ")")
-
-    def encode(self, text: str) -> list[int]:
-        """See ``Tokenizer``."""
-        ids: list[int] = []
-        for part in self._special.split(text):
-            if part in SPECIALS:
-                ids.append(SPECIALS[part])
-            else:
-                ids.extend(part.encode("utf-8", errors="replace"))
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See ``Tokenizer``; bytes that are not UTF-8 become replacement characters."""
-        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
-
-    def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool) -> list[int]:
-        """See ``Tokenizer``."""
-        ids: list[int] = []
-        for message in messages:
-            if message.role not in ROLES:
-                raise ConfigError(f"the model has no role {message.role!r}", hint=f"roles: {', '.join(ROLES)}")
-            ids += [SPECIALS[f"<|{message.role}|>"], *message.content.encode(errors="replace"), self.eos_id]
-        return [*ids, SPECIALS["<|assistant|>"]] if generation_prompt else ids
+    def __init__(self) -> None:
+        specials = [END, *(f"<|{role}|>" for role in ROLES)]
+        super().__init__(specials, end=END, opening="<|{role}|>", roles=ROLES)
 
 
 class HFTokenizer:
@@ -91,6 +66,12 @@ class HFTokenizer:
     def chat(self) -> bool:
         """See ``Tokenizer``."""
         return bool(self.inner.chat_template)
+
+    def files(self) -> dict[str, bytes]:
+        """See ``Tokenizer``."""
+        with tempfile.TemporaryDirectory() as directory:
+            self.inner.save_pretrained(directory)
+            return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
 
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer``."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from crucible_kitchen import __version__
-from crucible_kitchen.cli import catalogue, doctor, models, reading, running, sample
+from crucible_kitchen.cli import catalogue, doctor, models, reading, running, sample, serving
 from crucible_kitchen.cli.console import (
     CANCELLED,
     FAILED,
@@ -76,6 +76,7 @@ for _command in (
     catalogue.recipes,
     catalogue.adapters,
     sample.sample,
+    serving.train_server,
     doctor.doctor,
     version,
 ):

@@ -1,6 +1,6 @@
 """Text to tokens and back. A tokenizer is part of a session, not a port of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from crucible_kitchen.types import Message
@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
     @property
     def chat(self) -> bool:
         """Whether prompts are meant to be wrapped in the chat template (an instruction-tuned model)."""
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """Return the files, by name, that the tokenizer is made from again elsewhere. Blocks."""
         ...
 
     def encode(self, text: str) -> list[int]:

@@ -178,6 +178,10 @@ class PendingResult(Generic[R]):
     def __await__(self) -> Generator[Any, Any, R]:
         return self._wait().__await__()
 
+    def excuse(self) -> None:
+        """Let nobody fail for this call: what asked for it is over."""
+        self._observed = True
+
     async def _wait(self) -> R:
         await self._done.wait()
         self._observed = True
@@ -187,7 +191,7 @@ class PendingResult(Generic[R]):
 
 
 class Submissions:
-    """The open calls of one session: submitted now, run one after the other, awaited later.
+    """The open calls of one session: submitted now, begun one after the other, awaited later.
 
     A failure that nobody awaited is raised by the next ``submit`` or ``check``; leaving the block cancels what is
     still open. Use :meth:`open`.
@@ -195,7 +199,7 @@ class Submissions:
 
     def __init__(self, group: anyio.abc.TaskGroup) -> None:
         self._group = group
-        self._last: PendingResult[Any] | None = None
+        self._turn: anyio.Event | None = None
         self._failed: list[PendingResult[Any]] = []
 
     @classmethod
@@ -222,23 +226,46 @@ class Submissions:
 
     def submit(self, call: Callable[[], Awaitable[R]]) -> PendingResult[R]:
         """Start a call, once all submitted before it have ended, and return its pending result at once."""
+
+        async def whole() -> Awaitable[R]:
+            return _given(await call())
+
+        whole.__qualname__ = _called(call)
+        return self.send(whole)
+
+    def send(self, call: Callable[[], Awaitable[Awaitable[R]]]) -> PendingResult[R]:
+        """Start a call whose backend answers later, once all before it were accepted; return its pending result.
+
+        The call returns when the backend has accepted it, with what its answer is awaited by.
+        """
         self.check()
         pending: PendingResult[R] = PendingResult()
-        previous, self._last = self._last, pending
-        self._group.start_soon(self._run, call, pending, previous)
+        before, self._turn = self._turn, anyio.Event()
+        self._group.start_soon(self._run, call, pending, before, self._turn)
         return pending
 
     async def _run(
-        self, call: Callable[[], Awaitable[R]], pending: PendingResult[R], previous: PendingResult[Any] | None
+        self,
+        call: Callable[[], Awaitable[Awaitable[R]]],
+        pending: PendingResult[R],
+        before: anyio.Event | None,
+        turn: anyio.Event,
     ) -> None:
         try:
-            if previous is not None:
-                await previous._done.wait()
+            if before is not None:
+                await before.wait()
             with waiting("call", _called(call)):
-                pending._value = await call()
+                answer = await call()
+                turn.set()
+                pending._value = await answer
             pending._error = None
         except Exception as error:  # noqa: BLE001 - carried to whoever awaits
             pending._error = error
             self._failed.append(pending)
         finally:
             pending._done.set()
+            turn.set()
+
+
+async def _given(value: R) -> R:
+    return value
