@@ -5,7 +5,7 @@ It knows what a group is worth (usable, how old), not what is in it; it runs on 
 """
 
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -208,17 +208,21 @@ class Rollouts(Generic[G]):
         if failure is not None:
             raise failure
 
-    async def __aiter__(self) -> AsyncGenerator["Batch[G]", None]:
-        """Yield one batch per update, until all updates are taken; each must be ``trained`` before the next."""
+    def __aiter__(self) -> AsyncIterator["Batch[G]"]:
+        """Iterate over one batch per update, until all are taken; each must be ``trained`` before the next."""
         self._begun.set()
+        return self
+
+    async def __anext__(self) -> "Batch[G]":
+        if self._batch is not None:
+            raise RuntimeError("the batch was not trained: call trained() before the next")
         if self._resumed:
             self._resumed = False
-            yield Batch(self, self.version - 1, over=True)
-        while self.version < self.plan.batches:
-            self._batch = Batch(self, self.version)
-            yield self._batch
-            if self._batch is not None:
-                raise RuntimeError("the batch was not trained: call trained() before the next")
+            return Batch(self, self.version - 1, over=True)
+        if self.version >= self.plan.batches:
+            raise StopAsyncIteration
+        self._batch = Batch(self, self.version)
+        return self._batch
 
     def _has_room(self) -> None:
         room, self._room = self._room, self._loop.event()
@@ -465,13 +469,9 @@ class Batch(Generic[G]):
         """Return how many groups it will have."""
         return 0 if self._over else self.rollouts.plan.per_batch
 
-    async def __aiter__(self) -> AsyncGenerator[G, None]:
-        for group in list(self.groups):
-            yield group
-        while len(self.groups) < len(self):
-            group = await self.rollouts.take(self)
-            self.groups.append(group)
-            yield group
+    def __aiter__(self) -> AsyncIterator[G]:
+        """Iterate over the groups in the order of arrival; those that are there already come first."""
+        return _Groups(self)
 
     async def all(self) -> list[G]:
         """Return all groups, in the order of drawing, once they are there."""
@@ -484,6 +484,23 @@ class Batch(Generic[G]):
         if not self._over:
             self._over = True
             self.rollouts.trained(self)
+
+
+class _Groups(AsyncIterator[G]):
+    """One pass over a batch's groups."""
+
+    def __init__(self, batch: Batch[G]) -> None:
+        self._batch = batch
+        self._at = 0
+
+    async def __anext__(self) -> G:
+        batch, at = self._batch, self._at
+        if at == len(batch.groups):
+            if at >= len(batch):
+                raise StopAsyncIteration
+            batch.groups.append(await batch.rollouts.take(batch))
+        self._at += 1
+        return batch.groups[at]
 
 
 def oldest(group: Rolled) -> int:
