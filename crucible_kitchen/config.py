@@ -28,6 +28,7 @@ __all__ = [
     "RunConfig",
     "build_config",
     "config_hash",
+    "refuse_unused",
 ]
 
 C = TypeVar("C", bound="RunConfig")
@@ -245,6 +246,23 @@ class RegistryConfig(RunConfig):
 
     parent_model: str = Field(default="", pattern=r"^(.+:[^:]+)?$")
     """The registered version that this one grew out of, ``name:version``."""
+
+
+def refuse_unused(config: RunConfig, choice: str, uses: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse keys that were given although the method chosen would not read them; call it in a validator.
+
+    Args:
+        config: what was given.
+        choice: the key that chooses the method.
+        uses: for each key that some methods read only, those methods.
+
+    Raises:
+        ValueError: naming the key and the methods it belongs to.
+    """
+    chosen = getattr(config, choice)
+    for key, methods in uses.items():
+        if key in config.model_fields_set and chosen not in methods:
+            raise ValueError(f"{key} has no meaning for {choice}={chosen}; it belongs to {', '.join(methods)}")
 
 
 def build_config(cls: type[C], values: Mapping[str, Any]) -> C:

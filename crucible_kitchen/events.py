@@ -12,6 +12,7 @@ __all__ = [
     "EVENTS",
     "AdvantagesComputed",
     "DataPrepared",
+    "DistillationStep",
     "DpoDatasetBuilt",
     "DpoEvaluated",
     "DpoStep",
@@ -286,6 +287,25 @@ class DpoEvaluated(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationStep(Event):
+    """One optimizer step of distillation.
+
+    ``divergence`` is nats per token between teacher and student, by the method: an estimate of the reverse KL from
+    samples (``on_policy``), the loss itself (``off_policy``), the forward KL on the teacher's top tokens (``top_k``),
+    the generalised JSD (``gjsd``).
+    """
+
+    name: ClassVar[str] = "distillation.step"
+    measurements: ClassVar[tuple[str, ...]] = ("loss", "divergence", "samples", "tokens")
+    step: int
+    method: str
+    loss: float
+    divergence: float
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRegistered(Event):
     """A model version was registered; ``model_name`` is the name that upstream calls ``name``."""
 
@@ -474,6 +494,7 @@ for _cls in (
     DpoDatasetBuilt,
     DpoStep,
     DpoEvaluated,
+    DistillationStep,
     ModelRegistered,
     EnvGroupBuilt,
     RolloutComplete,

@@ -26,6 +26,7 @@ __all__ = [
     "eval_example",
     "read_row",
     "render",
+    "same_tokens",
     "tokenize",
 ]
 
@@ -335,6 +336,17 @@ def tokenize(
         if rendered is not None:
             kept.append((index, rendered))
     return TokenizedDataset.of(config.split if split is None else split, kept, dropped=count - len(kept))
+
+
+_PROBE = 'The 12 quick brown foxes, naïve or not, jumped over 3.5 lazy dogs: "¡olé!"\n\tdef f(x): return x**2\n'
+
+
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers give one text the same ids, as far as a probe of letters, digits, code and signs tells.
+
+    Models of one family may score unequal numbers of ids (padded vocabularies); what is compared is what ids mean.
+    """
+    return (a.eos_id, a.prefix_ids) == (b.eos_id, b.prefix_ids) and a.encode(_PROBE) == b.encode(_PROBE)
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool = True) -> IntArray:

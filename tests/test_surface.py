@@ -107,6 +107,7 @@ EVENTS = {  # name: measurements | metadata
     "dpo.dataset_built": "num_pairs num_batches dropped truncated | batch_size flaws",
     "dpo.step": "loss accuracy chosen_reward rejected_reward margin | step beta num_pairs",
     "dpo.evaluated": "loss accuracy chosen_reward rejected_reward margin | step num_pairs label",
+    "distillation.step": "loss divergence samples tokens | step method",
     "model.registered": "| model_id model_name version uri",
     "warning": "| code message path",
 }
@@ -121,7 +122,7 @@ ENTRY_POINTS = {
         training_client.torch
     """,
     "crucible_kitchen.recipes": "sums_demo",
-    "crucible_kitchen.workflows": "preference reinforcement supervised",
+    "crucible_kitchen.workflows": "distillation preference reinforcement supervised",
 }
 
 DEFAULTS = {

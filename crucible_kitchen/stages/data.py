@@ -22,11 +22,13 @@ __all__ = [
     "Batch",
     "Corpus",
     "EpochBatches",
+    "QuestionedPlan",
     "ScheduleConfig",
     "SupervisedDataConfig",
     "TrainingData",
     "TrainingPlan",
     "build_dataset",
+    "held_out_questions",
     "load_dataset",
     "open_corpus",
     "steps_planned",
@@ -133,16 +135,25 @@ class TrainingPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class TrainingData(TrainingPlan):
+class QuestionedPlan(TrainingPlan):
+    """A plan with questions to evaluate on.
+
+    Attributes:
+        examples: held-out questions; empty where there are none.
+    """
+
+    examples: tuple[EvalExample, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class TrainingData(QuestionedPlan):
     """Everything trained and evaluated on, as tokens.
 
     Attributes:
         tokenized: the training rows.
-        examples: held-out questions; empty where there are none.
     """
 
     tokenized: TokenizedDataset
-    examples: tuple[EvalExample, ...]
 
     def datums(self, batch: Batch) -> list[list[Datum]]:
         """Return a batch's rows as the submissions of its step, each a list of datums."""
@@ -210,7 +221,7 @@ async def build_dataset(
         fingerprint=await corpus.train.fingerprint(),
         rows=len(tokenized),
         tokenized=tokenized,
-        examples=await _examples(corpus.held_out, session, config, run),
+        examples=await held_out_questions(corpus.held_out, session.tokenizer, session.info.context_length, config, run),
         rows_per_step=rows_per_step,
         parts=config.gradient_accumulation,
         seed=config.seed,
@@ -248,18 +259,26 @@ async def _tokenize(dataset: Dataset, session: TrainingSession, config: DataConf
     return TokenizedDataset.join(parts)
 
 
-async def _examples(
-    held_out: Dataset | None, session: TrainingSession, config: SupervisedDataConfig, run: Run
+async def held_out_questions(
+    held_out: Dataset | None, tokenizer: Tokenizer, context_length: int, config: SupervisedDataConfig, run: Run
 ) -> tuple[EvalExample, ...]:
-    """Turn held-out rows into questions; those that leave no room for an answer are left out and counted."""
+    """Turn held-out rows into questions; those that leave no room for an answer are left out and counted.
+
+    Args:
+        held_out: the rows; None gives no questions.
+        tokenizer: of the model that is asked.
+        context_length: of that model, in tokens; 0 where it is not known.
+        config: how rows are written.
+        run: for warnings.
+    """
     if held_out is None:
         return ()
     rows = await held_out.rows(range(len(held_out)))
     if read_row(rows[0], config.fields, 0).is_text:
         run.warn("data.no_questions", "rows of running text ask nothing: nothing is evaluated")
         return ()
-    everything = await run_sync(_questions, rows, session.tokenizer, config, held_out.split)
-    examples = tuple(e for e in everything if len(e.prompt) < session.info.context_length)
+    everything = await run_sync(_questions, rows, tokenizer, config, held_out.split)
+    examples = tuple(e for e in everything if not context_length or len(e.prompt) < context_length)
     if len(examples) < len(everything):
         left_out = len(everything) - len(examples)
         run.warn("data.eval_too_long", f"{left_out} held-out rows leave no room for an answer and are left out")

@@ -24,7 +24,7 @@ from crucible_kitchen.ports import (
     TrainingClient,
     TrainingSession,
 )
-from crucible_kitchen.stages.data import TrainingData
+from crucible_kitchen.stages.data import QuestionedPlan
 from crucible_kitchen.types import SamplingParams, StateRef, StepResult
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
@@ -33,6 +33,7 @@ from crucible_kitchen.workflow.stage import stage
 __all__ = [
     "Best",
     "ModelPredictor",
+    "ask_questions",
     "best_was_kept",
     "eval_at_start",
     "eval_due",
@@ -40,6 +41,7 @@ __all__ = [
     "evaluator_given",
     "keep_best",
     "report_possible",
+    "reported",
     "restore_best",
     "stop_early",
     "write_report",
@@ -69,42 +71,58 @@ class Best:
     state: StateRef | None = None
 
 
-def evaluator_given(data: TrainingData, evaluator: Evaluator | None) -> bool:
+def evaluator_given(data: QuestionedPlan, evaluator: Evaluator | None) -> bool:
     """Whether there is somebody to evaluate, and something to evaluate on."""
     return evaluator is not None and bool(data.examples)
 
 
-def eval_at_start(data: TrainingData, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
+def eval_at_start(data: QuestionedPlan, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
     """Whether the model is measured before the first step."""
     return config.eval_at_start and evaluator_given(data, evaluator)
 
 
-def eval_due(step: StepResult, data: TrainingData, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
+def eval_due(step: StepResult, data: QuestionedPlan, config: HeldOutConfig, evaluator: Evaluator | None) -> bool:
     """Whether this step is one after which the model is measured."""
     return bool(config.eval_every) and step.step % config.eval_every == 0 and evaluator_given(data, evaluator)
 
 
 @stage(writes="eval_results")
 async def evaluate(
-    session: TrainingSession, data: TrainingData, config: EvalConfig, run: Run, evaluator: Evaluator | None = None
+    session: TrainingSession, data: QuestionedPlan, config: EvalConfig, run: Run, evaluator: Evaluator | None = None
 ) -> dict[str, Any]:
     """Ask the model the held-out questions and measure its answers."""
     assert evaluator is not None, "guarded by evaluator_given"
     sampler = await session.sampler()
     try:
-        report = await evaluator.evaluate(
-            ModelPredictor(sampler, config, session.info.context_length),
-            data.examples,
-            average=config.eval_average,
-            seed=config.seed,
-        )
+        report = await ask_questions(evaluator, sampler, data.examples, config, session.info.context_length)
     finally:
         with anyio.CancelScope(shield=True):
             await sampler.aclose()
+    return reported(report, session.position, run, synthetic=session.capabilities.synthetic)
+
+
+async def ask_questions(
+    evaluator: Evaluator, sampler: Sampler, examples: Sequence[EvalExample], config: EvalConfig, context_length: int
+) -> EvalReport:
+    """Ask a model questions and measure its answers.
+
+    Args:
+        evaluator: who measures.
+        sampler: the model.
+        examples: the questions, each of which leaves room for an answer.
+        config: how they are asked.
+        context_length: of the model, in tokens; 0 where it is not known.
+    """
+    predictor = ModelPredictor(sampler, config, context_length)
+    return await evaluator.evaluate(predictor, examples, average=config.eval_average, seed=config.seed)
+
+
+def reported(report: EvalReport, step: int, run: Run, *, synthetic: bool) -> dict[str, Any]:
+    """Report an evaluation, and return it as the state has it."""
     metrics = dict(report.metrics)
     run.emit(
         EvalComplete(
-            step=session.position,
+            step=step,
             sample_count=report.n,
             accuracy=metrics["accuracy"],
             f1=metrics["f1"],
@@ -118,8 +136,8 @@ async def evaluate(
         "average": report.average,
         "intervals": {name: list(interval) for name, interval in report.intervals.items()},
         "mistakes": list(report.mistakes),
-        "step": session.position,
-        "synthetic": report.synthetic or session.capabilities.synthetic,
+        "step": step,
+        "synthetic": report.synthetic or synthetic,
     }
 
 
@@ -153,8 +171,9 @@ class ModelPredictor:
         return [a for a in answers if a is not None]
 
     async def _generate(self, example: EvalExample) -> Prediction:
-        room = self._context - len(example.prompt)
-        params = SamplingParams(max_tokens=min(self._config.eval_max_tokens, room), temperature=0.0, seed=0)
+        longest = self._config.eval_max_tokens
+        room = min(longest, self._context - len(example.prompt)) if self._context else longest
+        params = SamplingParams(max_tokens=room, temperature=0.0, seed=0)
         (sample,) = await self._sampler.sample(example.prompt, params)
         return Prediction(example.key, sample.text)
 

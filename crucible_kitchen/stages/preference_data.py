@@ -4,12 +4,10 @@ They know ports and a session's tokenizer, no backend. Read next: ``crucible_kit
 """
 
 import hashlib
-import io
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +18,7 @@ from crucible_kitchen.errors import CapabilityError, EmptyDataset
 from crucible_kitchen.events import DataPrepared, DpoDatasetBuilt
 from crucible_kitchen.pairs import Answers, PairConfig, render_answers
 from crucible_kitchen.ports import BlobStore, Dataset, DatasetSpec, DatasetStore, TrainingClient, TrainingSession
+from crucible_kitchen.rendering import same_tokens
 from crucible_kitchen.stages.data import (
     ROWS_PER_CHUNK,
     Corpus,
@@ -28,10 +27,11 @@ from crucible_kitchen.stages.data import (
     open_corpus,
     steps_planned,
 )
+from crucible_kitchen.stages.kept import kept
 from crucible_kitchen.stages.preference_losses import PreferenceLossConfig
 from crucible_kitchen.stages.training import session_spec
 from crucible_kitchen.tasks import TASKS
-from crucible_kitchen.types import Array, BlobRef, Datum
+from crucible_kitchen.types import Array, Datum
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
@@ -226,11 +226,12 @@ async def reference_logprobs(
         yield Scored(*_attached(data, [ScoredAnswers(a, None, _starts(a)) for a in sets]))
         return
     key = await run_sync(_key, sets, config)
-    arrays = await _found(run.directory, key, blob_store)
-    if arrays is None:
+
+    async def scores() -> list[Array]:
         async with _frozen(session, training_client, config, run) as reference:
-            arrays = [array for answers in sets for array in await _score(reference, answers, config)]
-        await _keep(arrays, run, key, blob_store)
+            return [array for answers in sets for array in await _score(reference, answers, config)]
+
+    arrays = await kept("reference", key, blob_store, run, scores)
     scored = [
         ScoredAnswers(answers, arrays[2 * i], _starts(answers), arrays[2 * i + 1] if config.loss == "kto" else None)
         for i, answers in enumerate(sets)
@@ -252,15 +253,12 @@ async def _frozen(
         return
     spec = await session_spec(config.model_copy(update={"model": config.reference or config.model}), run)
     async with client.open_session(spec) as frozen:
-        if frozen.tokenizer.encode(_PROBE) != session.tokenizer.encode(_PROBE):
+        if not same_tokens(frozen.tokenizer, session.tokenizer):
             raise CapabilityError(
                 f"the reference {config.reference!r} has another tokenizer than {config.model!r}",
                 hint="give a reference of the same family, or leave it out",
             )
         yield frozen
-
-
-_PROBE = 'The 12 quick brown foxes, naïve or not, jumped over 3.5 lazy dogs: "¡olé!"\n\tdef f(x): return x\n'
 
 
 async def _score(
@@ -306,45 +304,3 @@ def _key(sets: Sequence[Answers], config: PreferenceDataConfig) -> str:
         for array in (answers.tokens.tokens, answers.tokens.weights, answers.tokens.offsets):
             digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-async def _found(directory: Path, key: str, blob_store: BlobStore) -> list[Array] | None:
-    """Return scores that an earlier attempt of this run kept; None if there are none."""
-    note = await run_sync(_read_note, directory, key)
-    if note is None or not await blob_store.exists(note["uri"]):
-        return None
-    return await run_sync(_unpacked, await blob_store.get(note["uri"]))
-
-
-async def _keep(arrays: Sequence[Array], run: Run, key: str, blob_store: BlobStore) -> None:
-    blob = await blob_store.put(await run_sync(_packed, arrays), kind="reference", name="reference log-probabilities")
-    await run_sync(_write_note, run.directory, key, blob)
-    run.add_artifact(blob)
-
-
-def _note(directory: Path, key: str) -> Path:
-    return directory / f"reference-{key[:16]}.json"
-
-
-def _read_note(directory: Path, key: str) -> dict[str, str] | None:
-    try:
-        note = json.loads(_note(directory, key).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return note if note.get("key") == key else None
-
-
-def _write_note(directory: Path, key: str, blob: BlobRef) -> None:
-    text = json.dumps({"key": key, **asdict(blob)})
-    _note(directory, key).write_text(text, encoding="utf-8")
-
-
-def _packed(arrays: Sequence[Array]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, *arrays)
-    return buffer.getvalue()
-
-
-def _unpacked(content: bytes) -> list[Array]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return [arrays[f"arr_{i}"] for i in range(len(arrays.files))]

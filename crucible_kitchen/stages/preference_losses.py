@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from crucible_kitchen.config import RunConfig
+from crucible_kitchen.config import RunConfig, refuse_unused
 from crucible_kitchen.learner.preference import DPO, IPO, KTO, ORPO, APOZero, Hinge, RobustDPO, SimPO
 from crucible_kitchen.types import Loss
 
@@ -99,9 +99,7 @@ class PreferenceLossConfig(RunConfig):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_loss(self) -> Self:
-        for key, losses in _OWN_KEYS.items():
-            if key in self.model_fields_set and self.loss not in losses:
-                raise ValueError(f"{key} has no meaning for loss={self.loss}; it belongs to {', '.join(losses)}")
+        refuse_unused(self, "loss", _OWN_KEYS)
         return self
 
 

@@ -19,6 +19,7 @@ from crucible_kitchen.learner import hyperparams
 from crucible_kitchen.registry import Registry
 from crucible_kitchen.telemetry import PrometheusSink
 from crucible_kitchen.workflow.typing import type_name
+from crucible_kitchen.workflows.distillation import DistillationConfig
 from crucible_kitchen.workflows.preference import PreferenceConfig
 from crucible_kitchen.workflows.supervised import SupervisedConfig
 
@@ -118,6 +119,7 @@ WITH_OPTIONS = (
 
 TABLES = {
     "config keys": ("docs/supervised.md", partial(config_table, SupervisedConfig)),
+    "distillation keys": ("docs/distillation.md", partial(config_table, DistillationConfig)),
     "preference keys": ("docs/preference.md", partial(config_table, PreferenceConfig)),
     "events": ("docs/telemetry.md", event_table),
     "metrics": ("docs/telemetry.md", metric_table),
