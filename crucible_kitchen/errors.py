@@ -50,6 +50,9 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     │   ├── StorageFull (OSError)            store.full
     │   ├── IntegrityError                   store.integrity
     │   └── Conflict                         store.conflict
+    │       ├── RunLive                      run.live
+    │       ├── RunEnded                     run.ended
+    │       └── LeaseLost                    run.lease_lost
     ├── RunCancelled                         run.cancelled
     ├── RunStalled (TimeoutError)            run.stalled
     ├── RunPaused                            run.paused
@@ -84,6 +87,7 @@ __all__ = [
     "EnvironmentFault",
     "EnvironmentTimeout",
     "IntegrityError",
+    "LeaseLost",
     "LedgerBroken",
     "MessageQuarantined",
     "MissingExtra",
@@ -95,6 +99,8 @@ __all__ = [
     "RowError",
     "RunCancelled",
     "RunChanged",
+    "RunEnded",
+    "RunLive",
     "RunNotFound",
     "RunPaused",
     "RunStalled",
@@ -471,6 +477,24 @@ class Conflict(StoreError):
     """Raised when a compare-and-set found another value than expected, or a name is already taken."""
 
     code = "store.conflict"
+
+
+class RunLive(Conflict):
+    """Raised when a run is asked for that a living process, or one whose lease has not ended, still owns."""
+
+    code = "run.live"
+
+
+class RunEnded(Conflict):
+    """Raised when a run is to go on, or to be written to, that has ended."""
+
+    code = "run.ended"
+
+
+class LeaseLost(Conflict):
+    """Raised when an attempt writes to its run after another one took the run over; nothing of it was written."""
+
+    code = "run.lease_lost"
 
 
 class RunCancelled(CrucibleError):

@@ -5,16 +5,17 @@ It knows the events' fields and no database. Read next: ``crucible_kitchen.store
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from pydantic_core import to_json
 
 from crucible_kitchen.errors import StoreError
 from crucible_kitchen.events import EventRecord, event_from_json
-from crucible_kitchen.types import JsonObject
+from crucible_kitchen.store.records import Checkpoint
+from crucible_kitchen.types import Json
 
-__all__ = ["decode_event", "encode_json", "through_json"]
+__all__ = ["decode_event", "encode_json", "sealed", "through_json"]
 
 
 def _plain(value: object) -> Any:
@@ -39,9 +40,17 @@ def encode_json(value: object) -> str:
         return json.dumps(value, separators=(",", ":"), default=_plain)
 
 
-def through_json(value: JsonObject) -> JsonObject:
+def through_json(value: Json) -> Json:
     """Return what is left of a value after a journey through JSON: a deep copy without tuples and foreign types."""
-    return json.loads(encode_json(value))  # type: ignore[no-any-return]
+    return json.loads(encode_json(value))
+
+
+def sealed(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint as JSON keeps it, with its digest."""
+    kept = replace(
+        checkpoint, data=through_json(checkpoint.data), states=through_json(checkpoint.states), damaged=False
+    )
+    return replace(kept, sha256=kept.digest())
 
 
 def decode_event(run_id: str, seq: int, time: float, name: str, data: str) -> EventRecord:

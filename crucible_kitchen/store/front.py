@@ -1,20 +1,73 @@
 """The journal's front: what both stores do on the event loop, before and after the write itself.
 
-It checks that a log has no gaps, counts what waits, and wakes whoever waits for a record to be durable. It knows no
-database and no thread. Read next: ``crucible_kitchen.store.writer``.
+It checks that a log has no gaps, counts what waits, wakes whoever waits for a record to be durable, and remembers which
+attempt of a run writes here. It knows no database and no thread. Read next: ``crucible_kitchen.store.writer``.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import anyio
 import anyio.lowlevel
 
-from crucible_kitchen.errors import RunNotFound, StoreError
+from crucible_kitchen.errors import LeaseLost, RunNotFound, StoreError
 from crucible_kitchen.events import EventRecord
+from crucible_kitchen.store.leases import lease_lost
+from crucible_kitchen.store.records import Lease, StageRecord
 
-__all__ = ["JournalFront"]
+__all__ = ["Committed", "Entry", "JournalFront", "fresh"]
 
-_Waiter = tuple[int, anyio.Event]
+Entry: TypeAlias = tuple[int, EventRecord | StageRecord]
+"""What is queued for the journal: the epoch it is written under, and the record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What one commit did.
+
+    Attributes:
+        count: how many entries it took off the queue.
+        seqs: the last event that became durable, by run.
+        stages: how many stages' records did, by run.
+        refused: the attempts whose entries were left out, because they no longer have their run.
+    """
+
+    count: int
+    seqs: Mapping[str, int]
+    stages: Mapping[str, int]
+    refused: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    seq: int
+    stages: int
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class _Log:
+    """A run's log as it is open here: places are counted in events and in stages' records."""
+
+    epoch: int
+    tail: int
+    durable: int
+    stages: int = 0
+    durable_stages: int = 0
+    waiters: list[_Waiter] = field(default_factory=list)
+    error: StoreError | None = None
+
+    def reached(self, waiter: _Waiter) -> bool:
+        return self.durable >= waiter.seq and self.durable_stages >= waiter.stages
+
+    def wake(self, *, everyone: bool = False) -> None:
+        waiting, self.waiters = self.waiters, []
+        for waiter in waiting:
+            if everyone or self.reached(waiter):
+                waiter.done.set()
+            else:
+                self.waiters.append(waiter)
 
 
 class JournalFront:
@@ -27,15 +80,13 @@ class JournalFront:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pending = 0
-        self._tails: dict[str, int] = {}
-        self._durable: dict[str, int] = {}
-        self._waiters: dict[str, list[_Waiter]] = {}
+        self._open_logs: dict[str, _Log] = {}
         self._drains: list[anyio.Event] = []
         self._error: StoreError | None = StoreError("the run store is not open", hint="await store.open() first")
 
     # What the two stores supply.
 
-    def _enqueue(self, record: EventRecord) -> None:
+    def _enqueue(self, entry: Entry) -> None:
         raise NotImplementedError
 
     def _notice(self) -> None:
@@ -57,41 +108,54 @@ class JournalFront:
         """See ``RunStore.append``."""
         if self._error is not None:
             self._check()
-        tails = self._tails
         for record in records:
-            tail = tails.get(record.run_id)
-            if tail is None:
-                raise RunNotFound(f"the log of run {record.run_id!r} is not open for writing here")
-            if record.seq != tail + 1:
-                raise StoreError(f"record {record.seq} of run {record.run_id!r} does not follow record {tail}")
-            tails[record.run_id] = record.seq
+            log = self._writing(record.run_id)
+            if record.seq != log.tail + 1:
+                raise StoreError(f"record {record.seq} of run {record.run_id!r} does not follow record {log.tail}")
+            log.tail = record.seq
             self._pending += 1
-            self._enqueue(record)
+            self._enqueue((log.epoch, record))
+        self._notice()
+
+    def record(self, record: StageRecord) -> None:
+        """See ``RunStore.record``."""
+        self._check()
+        log = self._writing(record.run_id)
+        log.stages += 1
+        self._pending += 1
+        self._enqueue((log.epoch, record))
         self._notice()
 
     def durable(self, run_id: str) -> int:
         """See ``RunStore.durable``."""
-        return self._durable.get(run_id, 0)
+        log = self._open_logs.get(run_id)
+        return 0 if log is None else log.durable
 
     async def flush(self, run_id: str, seq: int) -> None:
         """See ``RunStore.flush``."""
         self._check()
-        if seq > self._tails.get(run_id, 0):
+        log = self._open_logs.get(run_id)
+        if log is None or seq > log.tail:
             raise StoreError(f"record {seq} of run {run_id!r} was never appended")
-        if self._durable.get(run_id, 0) >= seq:
+        waiter = _Waiter(seq, log.stages)
+        if log.reached(waiter):
             await anyio.lowlevel.checkpoint()
             return
+        if log.error is not None:
+            raise fresh(log.error)
         self._hurry()
-        await self._reach(run_id, seq)
+        await self._reach(log, waiter)
 
     async def durable_after(self, run_id: str, seq: int) -> int:
         """See ``RunStore.durable_after``."""
-        if self._durable.get(run_id, 0) > seq:
+        log = self._open_logs.get(run_id)
+        if log is not None and log.durable > seq:
             await anyio.lowlevel.checkpoint()
-        else:
-            self._check()
-            await self._reach(run_id, seq + 1)
-        return self._durable[run_id]
+            return log.durable
+        self._check()
+        log = self._writing(run_id)
+        await self._reach(log, _Waiter(seq + 1, 0))
+        return log.durable
 
     async def drain(self) -> None:
         """See ``RunStore.drain``."""
@@ -104,28 +168,69 @@ class JournalFront:
             await drained.wait()
         self._check()
 
-    # What the writer reports back.
+    # What the store and its writer report back.
 
     def _ready(self) -> None:
         """The store is open: writes are welcome."""
         self._error = None
 
-    def _opened(self, run_id: str) -> None:
-        """A run was created: its log is empty and open."""
-        self._tails.setdefault(run_id, 0)
-        self._durable.setdefault(run_id, 0)
+    def _opened(self, lease: Lease) -> None:
+        """An attempt was opened here: the run's log goes on after the last durable record."""
+        before = self._open_logs.get(lease.run_id)
+        if before is not None:
+            self._closed(lease.run_id, lease_lost(lease.run_id, before.epoch))
+        self._open_logs[lease.run_id] = _Log(lease.epoch, lease.seq, lease.seq)
 
-    def _committed(self, last: Mapping[str, int], count: int) -> None:
-        """``count`` records became durable; ``last`` says up to where, by run."""
-        self._pending -= count
-        for run_id, seq in last.items():
-            self._durable[run_id] = seq
-            waiters = self._waiters.get(run_id)
-            if waiters:
-                self._waiters[run_id] = [w for w in waiters if w[0] > seq]
-                for wanted, event in waiters:
-                    if wanted <= seq:
-                        event.set()
+    def _closed(self, run_id: str, error: StoreError) -> None:
+        """An attempt can write no more, because it has ended or lost its run; whoever waits for it learns why."""
+        log = self._open_logs.get(run_id)
+        if log is not None and log.error is None:
+            log.error = error
+            log.wake(everyone=True)
+
+    def _lost(self, run_id: str, epoch: int | None) -> LeaseLost:
+        """An attempt turned out to have lost its run: return the error to raise."""
+        error = lease_lost(run_id, epoch)
+        log = self._open_logs.get(run_id)
+        if log is not None and log.epoch == epoch:
+            self._closed(run_id, error)
+        return error
+
+    def _epoch(self, run_id: str) -> int | None:
+        """Return the epoch that a run is written under here; None where it was not opened.
+
+        Raises:
+            RunEnded, LeaseLost: it can be written to no more.
+        """
+        log = self._open_logs.get(run_id)
+        if log is None:
+            return None
+        if log.error is not None:
+            raise fresh(log.error)
+        return log.epoch
+
+    def _current(self, run_id: str) -> int | None:
+        """Return the epoch that a run can be written to under here, or None."""
+        log = self._open_logs.get(run_id)
+        return None if log is None or log.error is not None else log.epoch
+
+    def _leases(self) -> list[tuple[str, int]]:
+        """Return the runs that can be written to here, with their epochs."""
+        return [(run_id, log.epoch) for run_id, log in self._open_logs.items() if log.error is None]
+
+    def _committed(self, done: Committed) -> None:
+        """A commit was made."""
+        self._pending -= done.count
+        for run_id, seq in done.seqs.items():
+            self._open_logs[run_id].durable = seq
+        for run_id, count in done.stages.items():
+            self._open_logs[run_id].durable_stages += count
+        for run_id in done.seqs.keys() | done.stages.keys():
+            log = self._open_logs[run_id]
+            if log.waiters:
+                log.wake()
+        for run_id, epoch in done.refused:
+            self._lost(run_id, epoch)
         if self._drains and self._pending <= self._limit:
             self._wake_drains()
 
@@ -133,31 +238,41 @@ class JournalFront:
         """Nothing can be written any more; everyone who waits learns it. The first error stays."""
         if self._error is None:
             self._error = error
-        waiting, self._waiters = self._waiters, {}
-        for waiters in waiting.values():
-            for _, event in waiters:
-                event.set()
+        for log in self._open_logs.values():
+            log.wake(everyone=True)
         self._wake_drains()
 
     def _check(self) -> None:
-        """Raise the error that stopped the store: a new one for every caller, so that tracebacks do not mix."""
-        error = self._error
-        if error is not None:
-            raise type(error)(error.message, hint=error.hint) from error
+        """Raise the error that stopped the store."""
+        if self._error is not None:
+            raise fresh(self._error) from self._error
+
+    def _writing(self, run_id: str) -> _Log:
+        log = self._open_logs.get(run_id)
+        if log is None:
+            raise RunNotFound(f"the log of run {run_id!r} is not open for writing here")
+        if log.error is not None:
+            raise fresh(log.error)
+        return log
 
     def _wake_drains(self) -> None:
         drains, self._drains = self._drains, []
         for event in drains:
             event.set()
 
-    async def _reach(self, run_id: str, seq: int) -> None:
-        waiter = (seq, anyio.Event())
-        self._waiters.setdefault(run_id, []).append(waiter)
+    async def _reach(self, log: _Log, waiter: _Waiter) -> None:
+        log.waiters.append(waiter)
         try:
-            await waiter[1].wait()
+            await waiter.done.wait()
         finally:
-            waiters = self._waiters.get(run_id)
-            if waiters and waiter in waiters:
-                waiters.remove(waiter)
-        if self._durable.get(run_id, 0) < seq:
+            if waiter in log.waiters:
+                log.waiters.remove(waiter)
+        if not log.reached(waiter):
             self._check()
+            assert log.error is not None
+            raise fresh(log.error)
+
+
+def fresh(error: StoreError) -> StoreError:
+    """Return an error's copy: a new one for every caller, so that tracebacks do not mix."""
+    return type(error)(error.message, hint=error.hint)

@@ -4,24 +4,27 @@ It knows its tables and its two threads; it knows no engine and no telemetry. Re
 ``crucible_kitchen.store.writer`` (how records are written) and ``.schema`` (the tables).
 """
 
-import json
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-from sqlalchemy import Connection, Engine, Row, create_engine, select
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from crucible_kitchen.errors import Conflict, RunNotFound, StoreError
+from crucible_kitchen.errors import Conflict, LeaseLost, StoreError
 from crucible_kitchen.events import EventRecord
-from crucible_kitchen.store import schema
-from crucible_kitchen.store.base import FinalStatus, RunRecord, RunStatus, only_run
-from crucible_kitchen.store.codec import decode_event, encode_json
-from crucible_kitchen.store.front import JournalFront
+from crucible_kitchen.store import changes, queries, schema
+from crucible_kitchen.store.base import TTL
+from crucible_kitchen.store.codec import encode_json, sealed
+from crucible_kitchen.store.front import Entry, JournalFront, fresh
+from crucible_kitchen.store.leases import run_ended
+from crucible_kitchen.store.owner import Owner
+from crucible_kitchen.store.records import Attempt, Checkpoint, FinalStatus, Lease, RunRecord, RunStatus, StageRecord
 from crucible_kitchen.store.writer import Write, Writer, translated
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.workers import Lane
@@ -31,29 +34,27 @@ __all__ = ["SqliteRunStore"]
 R = TypeVar("R")
 
 _BUSY_SECONDS = 30.0
-_INSERT_EVENT = schema.prepared(schema.events.insert())
-_RUN_COLUMNS = ("run_id", "workflow", "status", "config", "config_hash", "created_at", "finished_at", "result", "error")
-_INSERT_RUN = schema.prepared(schema.runs.insert().values(dict.fromkeys(_RUN_COLUMNS)))
-_ARTIFACT_COLUMNS = ("run_id", "uri", "sha256", "size", "kind", "name")
-_INSERT_ARTIFACT = schema.prepared(
-    schema.artifacts.insert().prefix_with("OR IGNORE").values(dict.fromkeys(_ARTIFACT_COLUMNS))
-)
-_INSERT_MANIFEST = schema.prepared(schema.manifests.insert().prefix_with("OR REPLACE"))
 
 
 class SqliteRunStore(JournalFront):
     """A run store in one file, in WAL mode; other processes may read and write it at the same time.
 
+    One owner: what an attempt writes carries its epoch, and the statement that inserts it leaves it out unless the
+    leases table has that epoch for that run. SQLite lets one process write at a time, so that there is no moment
+    between the check and the change. A lease's end and its owner's death only decide who may take a run, never who may
+    write to it: a clock that jumps costs a wait or an attempt, not a record.
+
     Durability: records are committed with ``PRAGMA synchronous=NORMAL``. A commit is then in the operating system's
     hands: it survives the death of this process at any moment, ``kill -9`` included, and costs no wait for the disk
     (tens of microseconds instead of milliseconds). A power loss or a crash of the system may lose the newest commits,
-    never their order nor the file. What ends a run is committed with ``synchronous=FULL``, which takes everything
-    written before along to the disk: a run that was reported as finished survives a power loss too.
+    never their order nor the file. Ends of runs and checkpoints are committed with ``synchronous=FULL``, which takes
+    everything written before along to the disk: a run that was reported as finished, a checkpoint that training went
+    on from, survive a power loss too.
 
     Args:
         path: the file; its directory is created.
         limit: how many records may wait for the writer before ``drain`` makes a producer wait.
-        clock: seconds since the epoch, for ``finished_at``.
+        clock: seconds since the epoch, for leases and ends.
 
     Example::
 
@@ -73,9 +74,9 @@ class SqliteRunStore(JournalFront):
 
     # The journal's side of the writer.
 
-    def _enqueue(self, record: EventRecord) -> None:
+    def _enqueue(self, entry: Entry) -> None:
         assert self._writer is not None
-        self._writer.put(record)
+        self._writer.put(entry)
 
     def _notice(self) -> None:
         assert self._writer is not None
@@ -97,16 +98,22 @@ class SqliteRunStore(JournalFront):
         except BaseException:
             await self._reader.aclose()
             raise
-        self._writer = Writer(lambda: _connect(self._path), _INSERT_EVENT, self._committed, self._fail)
+        self._writer = Writer(lambda: _connect(self._path), self._committed, self._fail)
         self._writer.start()
         self._ready()
 
     async def aclose(self) -> None:
         """See ``RunStore.aclose``."""
         writer, self._writer = self._writer, None
+        held = self._leases() if self._error is None else []
+        closed = StoreError("the run store is closed")
+        self._error = self._error or closed
         if writer is not None:
+            if held:
+                with suppress(StoreError):
+                    await writer.run(Write(lambda connection: changes.end_leases(connection, held)))
             await writer.aclose()
-        self._fail(StoreError("the run store is closed"))
+        self._fail(closed)
         engine, self._engine = self._engine, None
         if engine is not None:
             await self._reader.run(engine.dispose)
@@ -121,110 +128,158 @@ class SqliteRunStore(JournalFront):
     ) -> None:
         await self.aclose()
 
-    # Writing.
+    # Attempts.
 
-    async def create_run(self, record: RunRecord) -> None:
+    async def create_run(self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL) -> Lease:
         """See ``RunStore.create_run``."""
-        values = [getattr(record, column) for column in _RUN_COLUMNS]
-        row = [encode_json(value) if isinstance(value, dict) else value for value in values]
+        record = replace(record, status="running", finished_at=None, result=None, error=None)
+        owner = owner or Owner.here()
+
+        def create(connection: sqlite3.Connection) -> Lease:
+            now = self._clock()
+            return changes.create_run(connection, record, owner, now, now + ttl)
+
         try:
-            await self._write(lambda connection: connection.execute(_INSERT_RUN, row))
+            lease = await self._write(create)
         except sqlite3.IntegrityError:
             raise Conflict(f"the run {record.run_id!r} exists already") from None
-        self._opened(record.run_id)
+        self._opened(lease)
+        return lease
+
+    async def open_attempt(self, run_id: str, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+        """See ``RunStore.open_attempt``."""
+        owner = owner or Owner.here()
+
+        def begin(connection: sqlite3.Connection) -> Lease:
+            now = self._clock()
+            return changes.begin(connection, run_id, owner, now, now + ttl)
+
+        lease = await self._write(begin)
+        self._opened(lease)
+        return lease
+
+    async def renew(self, lease: Lease, ttl: float = TTL) -> Lease:
+        """See ``RunStore.renew``."""
+        try:
+            return await self._write(lambda connection: changes.renew(connection, lease, self._clock() + ttl))
+        except LeaseLost:
+            raise self._lost(lease.run_id, lease.epoch) from None
 
     async def finish_run(
         self, run_id: str, status: FinalStatus, result: JsonObject, error: JsonObject | None = None
     ) -> None:
         """See ``RunStore.finish_run``."""
-        row = (status, encode_json(result), error and encode_json(error), self._clock(), run_id)
+        given = encode_json(result)
+        broken = None if error is None else encode_json(error)
+        now = self._clock()
+        await self._write_own(run_id, lambda c: changes.finish(c, run_id, status, now, given, broken), barrier=True)
+        self._closed(run_id, run_ended(run_id, status))
 
-        def finish(connection: sqlite3.Connection) -> None:
-            before = _status(connection, run_id)
-            if before != "running":
-                raise Conflict(f"the run {run_id!r} has already ended: {before}")
-            connection.execute(
-                "UPDATE runs SET status = ?, result = ?, error = ?, finished_at = ? WHERE run_id = ?", row
+    async def attempts(self, run_id: str) -> list[Attempt]:
+        """See ``RunStore.attempts``."""
+        return await self._query(lambda c: queries.attempts(c, run_id))
+
+    async def reconcile(self) -> list[RunRecord]:
+        """See ``RunStore.reconcile``."""
+        crashed = await self._write(lambda connection: changes.crash_orphans(connection, self._clock()))
+        return await self._query(lambda c: [queries.run(c, run_id) for run_id in crashed])
+
+    async def delete_run(self, run_id: str) -> None:
+        """See ``RunStore.delete_run``."""
+        await self._write(lambda connection: changes.delete_run(connection, run_id, self._clock()))
+
+    # What an attempt leaves.
+
+    async def put_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See ``RunStore.put_checkpoint``."""
+        kept = sealed(checkpoint)
+        try:
+            await self._write_own(
+                kept.run_id, lambda c: changes.put_checkpoint(c, kept), barrier=True, epoch=checkpoint.epoch
             )
+        except sqlite3.IntegrityError:
+            raise Conflict(f"the run {kept.run_id!r} has a checkpoint {kept.number} already") from None
 
-        await self._write(finish, barrier=True)
+    async def drop_checkpoint(self, run_id: str, number: int) -> None:
+        """See ``RunStore.drop_checkpoint``."""
+        epoch = self._current(run_id)
+        await self._write(lambda connection: changes.drop_checkpoint(connection, run_id, epoch, number))
 
     async def put_artifact(self, run_id: str, artifact: BlobRef) -> None:
         """See ``RunStore.put_artifact``."""
-        row = (run_id, artifact.uri, artifact.sha256, artifact.size, artifact.kind, artifact.name)
-
-        def put(connection: sqlite3.Connection) -> None:
-            _status(connection, run_id)
-            connection.execute(_INSERT_ARTIFACT, row)
-
-        await self._write(put)
+        await self._write_own(run_id, lambda c: changes.put_artifact(c, run_id, artifact))
 
     async def put_manifest(self, run_id: str, manifest: JsonObject) -> None:
         """See ``RunStore.put_manifest``."""
         text = encode_json(manifest)
+        await self._write_own(run_id, lambda c: changes.put_manifest(c, run_id, text))
 
-        def put(connection: sqlite3.Connection) -> None:
-            _status(connection, run_id)
-            connection.execute(_INSERT_MANIFEST, (run_id, text))
+    async def _write_own(
+        self,
+        run_id: str,
+        fn: Callable[[sqlite3.Connection], None],
+        *,
+        barrier: bool = False,
+        epoch: int | None = None,
+    ) -> None:
+        """Write as the attempt that has a run here, or as the one given."""
+        self._check()
+        epoch = self._epoch(run_id) if epoch is None else epoch
 
-        await self._write(put)
+        def owned(connection: sqlite3.Connection) -> None:
+            changes.own(connection, run_id, epoch)
+            fn(connection)
 
-    async def _write(self, fn: Callable[[sqlite3.Connection], Any], *, barrier: bool = False) -> None:
+        try:
+            await self._write(owned, barrier=barrier)
+        except LeaseLost:
+            raise self._lost(run_id, epoch) from None
+
+    async def _write(self, fn: Callable[[sqlite3.Connection], R], *, barrier: bool = False) -> R:
         self._check()
         assert self._writer is not None
         try:
-            await self._writer.run(Write(fn, barrier=barrier))
+            return await self._writer.run(Write(fn, barrier=barrier))  # type: ignore[no-any-return]
         except StoreError as error:
             self._check()
-            raise error from None
+            raise fresh(error) from None
 
     # Reading.
 
     async def read(self, run_id: str, after: int, limit: int) -> list[EventRecord]:
         """See ``RunStore.read``."""
-        table = schema.events
-        query = select(table).where(table.c.run_id == run_id, table.c.seq > after).order_by(table.c.seq).limit(limit)
-        return await self._query(lambda c: [decode_event(*row) for row in c.execute(query)])
+        return await self._query(lambda c: queries.events(c, run_id, after, limit))
+
+    async def records(self, run_id: str) -> list[StageRecord]:
+        """See ``RunStore.records``."""
+        return await self._query(lambda c: queries.stage_records(c, run_id))
 
     async def run(self, run_id: str) -> RunRecord:
         """See ``RunStore.run``."""
-        table = schema.runs
-        exact = select(table).where(table.c.run_id == run_id)
-        end = run_id + "\U0010ffff"  # after everything that begins with the prefix
-        prefix = select(table).where(table.c.run_id > run_id, table.c.run_id < end).order_by(table.c.run_id).limit(4)
-
-        def find(connection: Connection) -> RunRecord:
-            rows = connection.execute(exact).all() or connection.execute(prefix).all()
-            only_run(run_id, [row.run_id for row in rows])
-            return _run_record(rows[0])
-
-        return await self._query(find)
+        return await self._query(lambda c: queries.run(c, run_id))
 
     async def runs(
-        self, limit: int = 50, status: RunStatus | None = None, workflow: str | None = None
+        self,
+        limit: int | None = 50,
+        status: RunStatus | None = None,
+        workflow: str | None = None,
+        since: float | None = None,
+        before: float | None = None,
     ) -> list[RunRecord]:
         """See ``RunStore.runs``."""
-        table = schema.runs
-        query = select(table).order_by(table.c.created_at.desc(), table.c.key.desc()).limit(limit)
-        if status is not None:
-            query = query.where(table.c.status == status)
-        if workflow is not None:
-            query = query.where(table.c.workflow == workflow)
-        return await self._query(lambda c: [_run_record(row) for row in c.execute(query)])
+        return await self._query(lambda c: queries.runs(c, limit, status, workflow, since, before))
+
+    async def checkpoints(self, run_id: str, session: str | None = None) -> list[Checkpoint]:
+        """See ``RunStore.checkpoints``."""
+        return await self._query(lambda c: queries.checkpoints(c, run_id, session))
 
     async def artifacts(self, run_id: str) -> list[BlobRef]:
         """See ``RunStore.artifacts``."""
-        table = schema.artifacts
-        query = select(table).where(table.c.run_id == run_id).order_by(table.c.key)
-        return await self._query(
-            lambda c: [BlobRef(row.uri, row.sha256, row.size, row.kind, row.name) for row in c.execute(query)]
-        )
+        return await self._query(lambda c: queries.artifacts(c, run_id))
 
     async def manifest(self, run_id: str) -> JsonObject | None:
         """See ``RunStore.manifest``."""
-        query = select(schema.manifests.c.data).where(schema.manifests.c.run_id == run_id)
-        text = await self._query(lambda c: c.execute(query).scalar_one_or_none())
-        return None if text is None else json.loads(text)
+        return await self._query(lambda c: queries.manifest(c, run_id))
 
     async def _query(self, fn: Callable[[Connection], R]) -> R:
         engine = self._engine
@@ -261,24 +316,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, cached_statements=256)
     with closing(connection.execute("PRAGMA synchronous=NORMAL")):
         return connection
-
-
-def _status(connection: sqlite3.Connection, run_id: str) -> str:
-    row = connection.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone()
-    if row is None:
-        raise RunNotFound(f"there is no run {run_id!r}")
-    return str(row[0])
-
-
-def _run_record(row: Row[Any]) -> RunRecord:
-    return RunRecord(
-        run_id=row.run_id,
-        workflow=row.workflow,
-        status=row.status,
-        config=json.loads(row.config),
-        config_hash=row.config_hash,
-        created_at=row.created_at,
-        finished_at=row.finished_at,
-        result=row.result and json.loads(row.result),
-        error=row.error and json.loads(row.error),
-    )

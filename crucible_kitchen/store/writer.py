@@ -1,24 +1,27 @@
 """The one thread that writes: it takes all that waits, writes it in one transaction, and reports once.
 
-It knows records, functions on a connection and their order; it knows no run and no waiter. Read next:
-``crucible_kitchen.store.sqlite``.
+It knows entries, functions on a connection and their order; it knows no waiter. What an attempt writes that no longer
+has its run is left out by the database (``schema.fenced``) and reported. Read next: ``crucible_kitchen.store.sqlite``.
 """
 
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import anyio
 import anyio.to_thread
 
 from crucible_kitchen.errors import CrucibleError, StorageFull, StoreError
 from crucible_kitchen.events import EventRecord
+from crucible_kitchen.store import schema
 from crucible_kitchen.store.codec import encode_json
+from crucible_kitchen.store.front import Committed, Entry
 from crucible_kitchen.workers import waker
 
-__all__ = ["Commit", "Write", "Writer", "translated"]
+__all__ = ["Write", "Writer", "translated"]
 
 LINGER = 0.05
 """Seconds an unhurried record may wait for company before it is written."""
@@ -29,8 +32,9 @@ ROWS_PER_STATEMENT = 64
 BATCH = 512
 """Most records in one transaction: it bounds how long a commit takes and how long the interpreter is kept busy."""
 
-Commit = Callable[[dict[str, int], int], None]
-"""Called on the event loop after each commit: last seq by run, number of records."""
+_EVENTS = [schema.fenced(schema.events, "INSERT", rows) for rows in range(ROWS_PER_STATEMENT + 1)]
+_STAGES = [schema.fenced(schema.stage_records, "INSERT OR REPLACE", rows) for rows in range(ROWS_PER_STATEMENT + 1)]
+# Statement n inserts n rows at once; each is prepared once, by the driver's own cache.
 
 
 def translated(error: Exception, doing: str) -> StoreError:
@@ -65,6 +69,9 @@ class Write:
         self.result: Any = None
 
 
+_Item: TypeAlias = "Entry | Write"
+
+
 class Failure(Protocol):
     """Called on the event loop once, when nothing can be written any more."""
 
@@ -72,25 +79,24 @@ class Failure(Protocol):
 
 
 class Writer:
-    """A thread that appends event records and runs writes, in the order given, with group commit.
+    """A thread that writes entries and runs writes, in the order given, with group commit.
 
     Args:
         connect: opens the connection; called in the thread.
-        insert: the statement that inserts one event record, ending in ``VALUES (...)``.
         committed: told, on the event loop, what each commit made durable; once per commit.
         failed: told, on the event loop, that a commit failed; the thread then answers everything with this error.
     """
 
     def __init__(
-        self, connect: Callable[[], sqlite3.Connection], insert: str, committed: Commit, failed: Failure
+        self,
+        connect: Callable[[], sqlite3.Connection],
+        committed: Callable[[Committed], object],
+        failed: Failure,
     ) -> None:
         self._connect = connect
-        head, _, values = insert.partition("VALUES")
-        # Statement n inserts n records at once; each is prepared once, by the driver's own cache.
-        self._inserts = [head + "VALUES" + ",".join([values] * n) for n in range(ROWS_PER_STATEMENT + 1)]
         self._committed = committed
         self._failed = failed
-        self._queue: deque[EventRecord | Write | None] = deque()
+        self._queue: deque[_Item | None] = deque()
         self._bell = threading.Lock()
         self._bell.acquire()
         self._asleep = False
@@ -104,9 +110,9 @@ class Writer:
         self._wake = waker()
         self._thread.start()
 
-    def put(self, record: EventRecord) -> None:
-        """Queue a record; ``notice`` or ``hurry`` tells the thread."""
-        self._queue.append(record)
+    def put(self, entry: Entry) -> None:
+        """Queue an entry; ``notice`` or ``hurry`` tells the thread."""
+        self._queue.append(entry)
 
     def notice(self) -> None:
         """See to it that the thread looks at the queue within ``LINGER``."""
@@ -174,7 +180,7 @@ class Writer:
     def _write_all(self, connection: sqlite3.Connection) -> bool:
         """Write what is queued; return False when the store closes."""
         while self._queue:
-            batch: list[EventRecord | Write] = []
+            batch: list[_Item] = []
             closing = False
             while self._queue and len(batch) < BATCH:
                 item = self._queue.popleft()
@@ -188,65 +194,21 @@ class Writer:
                 return False
         return True
 
-    def _transact(self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write]) -> None:
+    def _transact(self, connection: sqlite3.Connection, batch: Sequence[_Item]) -> None:
         writes = [item for item in batch if isinstance(item, Write)]
         try:
-            last, count = self._apply(connection, batch, writes)
+            done = _apply(connection, batch, writes)
         except Exception as error:
             failure = translated(error, "writing the run store")
             for write in writes:
                 write.error = failure
             self._report(lambda: _set_all(writes))
             raise
-        self._report(lambda: self._deliver(last, count, writes))
+        self._report(lambda: self._deliver(done, writes))
 
-    def _apply(
-        self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write], writes: Sequence[Write]
-    ) -> tuple[dict[str, int], int]:
-        barrier = any(write.barrier for write in writes)
-        single = not writes and len(batch) <= ROWS_PER_STATEMENT  # one statement is its own transaction
-        if barrier:
-            connection.execute("PRAGMA synchronous=FULL")
-        if not single:
-            connection.execute("BEGIN IMMEDIATE")
-        try:
-            last, count = self._apply_in_order(connection, batch)
-            if not single:
-                connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        if barrier:
-            connection.execute("PRAGMA synchronous=NORMAL")
-        return last, count
-
-    def _apply_in_order(
-        self, connection: sqlite3.Connection, batch: Sequence[EventRecord | Write]
-    ) -> tuple[dict[str, int], int]:
-        last: dict[str, int] = {}
-        count = rows = 0
-        values: list[Any] = []
-        for item in batch:
-            if isinstance(item, EventRecord):
-                event = item.event
-                values += (item.run_id, item.seq, item.time, event.name, encode_json(event))
-                last[item.run_id] = item.seq
-                rows += 1
-                if rows < ROWS_PER_STATEMENT:
-                    continue
-            if rows:
-                connection.execute(self._inserts[rows], values)
-                count, rows, values = count + rows, 0, []
-            if isinstance(item, Write):
-                _perform(connection, item)
-        if rows:
-            connection.execute(self._inserts[rows], values)
-        return last, count + rows
-
-    def _deliver(self, last: dict[str, int], count: int, writes: Sequence[Write]) -> None:
-        if count:
-            self._committed(last, count)
+    def _deliver(self, done: Committed, writes: Sequence[Write]) -> None:
+        if done.count:
+            self._committed(done)
         _set_all(writes)
 
     def _report(self, callback: Callable[[], object]) -> None:
@@ -267,6 +229,105 @@ class Writer:
                     item.error = error
                     self._report(item.done.set)
             self._bell.acquire()
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows on their way into one table, and whose they are."""
+
+    statements: Sequence[str]
+    values: list[Any] = field(default_factory=list)
+    count: int = 0
+    owners: dict[tuple[str, int], int] = field(default_factory=dict)
+    """By run and epoch: the last seq, or the number of rows, whichever the table is reported by."""
+
+    def write(self, connection: sqlite3.Connection, refused: dict[tuple[str, int], None]) -> Iterator[tuple[str, int]]:
+        """Insert what is there, note the attempts that were refused, and yield the others, by run."""
+        if not self.count:
+            return
+        written = connection.execute(self.statements[self.count], self.values).rowcount
+        lost = _lost(connection, self.owners) if written != self.count else ()
+        refused.update(dict.fromkeys(lost))
+        yield from ((run_id, value) for (run_id, epoch), value in self.owners.items() if (run_id, epoch) not in lost)
+        self.values, self.count, self.owners = [], 0, {}
+
+
+class _Batch:
+    """The entries of one transaction, written a statement at a time."""
+
+    def __init__(self) -> None:
+        self._events = _Rows(_EVENTS)
+        self._stages = _Rows(_STAGES)
+        self._seqs: dict[str, int] = {}
+        self._kept: dict[str, int] = {}
+        self._refused: dict[tuple[str, int], None] = {}
+        self._count = 0
+
+    def add(self, connection: sqlite3.Connection, entry: Entry) -> None:
+        """Take an entry; write when a statement is full."""
+        epoch, record = entry
+        self._count += 1
+        owner = (record.run_id, epoch)
+        if isinstance(record, EventRecord):
+            rows, event = self._events, record.event
+            rows.values += (record.run_id, record.seq, record.time, event.name, encode_json(event), epoch)
+            rows.owners[owner] = record.seq
+        else:
+            rows = self._stages
+            rows.values += (record.run_id, record.path, record.input_hash, record.output_hash)
+            rows.values += (encode_json(record.value), record.seq, epoch)
+            rows.owners[owner] = rows.owners.get(owner, 0) + 1
+        rows.count += 1
+        if rows.count == ROWS_PER_STATEMENT:
+            self.write(connection)
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        """Write what was taken."""
+        self._seqs.update(self._events.write(connection, self._refused))
+        for run_id, count in self._stages.write(connection, self._refused):
+            self._kept[run_id] = self._kept.get(run_id, 0) + count
+
+    def committed(self) -> Committed:
+        """Return what was done, once it is committed."""
+        return Committed(self._count, self._seqs, self._kept, tuple(self._refused))
+
+
+def _lost(connection: sqlite3.Connection, owners: Iterable[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Return the attempts among these that no longer have their run."""
+    query = "SELECT 1 FROM leases WHERE run_id = ? AND epoch = ?"
+    return {owner for owner in owners if connection.execute(query, owner).fetchone() is None}
+
+
+def _apply(connection: sqlite3.Connection, items: Sequence[_Item], writes: Sequence[Write]) -> Committed:
+    """Write what was queued in one transaction and return what it did."""
+    batch = _Batch()
+    barrier = any(write.barrier for write in writes)
+    if barrier:
+        connection.execute("PRAGMA synchronous=FULL")
+    single = len(items) < ROWS_PER_STATEMENT and _are_events(items)  # one statement is its own transaction
+    if not single:
+        connection.execute("BEGIN IMMEDIATE")
+    try:
+        for item in items:
+            if isinstance(item, Write):
+                batch.write(connection)
+                _perform(connection, item)
+            else:
+                batch.add(connection, item)
+        batch.write(connection)
+        if not single:
+            connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    if barrier:
+        connection.execute("PRAGMA synchronous=NORMAL")
+    return batch.committed()
+
+
+def _are_events(items: Sequence[_Item]) -> bool:
+    return all(not isinstance(item, Write) and isinstance(item[1], EventRecord) for item in items)
 
 
 def _perform(connection: sqlite3.Connection, write: Write) -> None:

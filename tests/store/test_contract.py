@@ -9,7 +9,7 @@ import pytest
 
 from crucible_kitchen.errors import Conflict, RunNotFound, StoreError
 from crucible_kitchen.events import EventRecord, TrainingStep, WarningRaised, WorkflowStart, WorkflowStop
-from crucible_kitchen.store import MemoryRunStore, RunRecord, RunStore, SqliteRunStore
+from crucible_kitchen.store import RunRecord, RunStore
 from crucible_kitchen.types import BlobRef
 
 pytestmark = pytest.mark.anyio
@@ -18,22 +18,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(params=["sqlite-asyncio", "sqlite-trio", "memory-asyncio", "memory-trio-virtual-time"])
 def kind(request: Any) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def anyio_backend(kind: str) -> Any:
-    if kind.endswith("virtual-time"):
-        from trio.testing import MockClock
-
-        return "trio", {"clock": MockClock(autojump_threshold=0)}
-    return kind.rpartition("-")[2]
-
-
-@pytest.fixture
-def make(kind: str, tmp_path: Path) -> Callable[[], RunStore]:
-    if kind.startswith("sqlite"):
-        return lambda: SqliteRunStore(tmp_path / "deep" / "er" / "runs.db", clock=lambda: 99.5)
-    return lambda: MemoryRunStore(clock=lambda: 99.5)
 
 
 def record(run_id: str, seq: int, message: str = "m") -> EventRecord:

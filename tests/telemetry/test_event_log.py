@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from crucible_kitchen.errors import StoreError
 from crucible_kitchen.events import EventRecord, WarningRaised, WorkflowStop
-from crucible_kitchen.store import MemoryRunStore, RunRecord, SqliteRunStore
-from crucible_kitchen.store.front import JournalFront
+from crucible_kitchen.store import Lease, MemoryRunStore, RunRecord, SqliteRunStore
+from crucible_kitchen.store.front import Committed, Entry, JournalFront
 from crucible_kitchen.telemetry import EventLog
 from crucible_kitchen.testing.clock import virtual_clock
 
@@ -47,9 +47,11 @@ class Withheld(JournalFront):
         super().__init__(limit=10)
         self.records: list[EventRecord] = []
         self._ready()
-        self._opened("r")
+        self._opened(Lease("r", 1, 0.0, 0))
 
-    def _enqueue(self, record: EventRecord) -> None:
+    def _enqueue(self, entry: Entry) -> None:
+        record = entry[1]
+        assert isinstance(record, EventRecord)
         self.records.append(record)
 
     def _notice(self) -> None:
@@ -62,7 +64,7 @@ class Withheld(JournalFront):
         return self.records[after : min(after + limit, self.durable(run_id))]
 
     def write(self, seq: int) -> None:
-        self._committed({"r": seq}, seq - self.durable("r"))
+        self._committed(Committed(seq - self.durable("r"), {"r": seq}, {}))
 
     def breaks(self) -> None:
         self._fail(StoreError("the disk broke"))
