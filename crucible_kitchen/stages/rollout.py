@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import numpy as np
+from pydantic import Field
 
 from crucible_kitchen.config import CheckpointConfig, ModelConfig, RunConfig
 from crucible_kitchen.errors import CapabilityError, ConfigError, EmptyDataset
@@ -41,17 +42,18 @@ __all__ = [
     "policy_eval_due",
     "publish_policy",
     "rollout_feed",
+    "update_checkpoint_due",
 ]
 
 
 class PolicyEvalConfig(RunConfig):
     """When the policy is measured on problems that it is not trained on."""
 
-    eval_size: int = 100
+    eval_size: int = Field(default=100, ge=1)
     """At most this many problems are tried, greedily."""
 
-    eval_every: int = 0
-    """Also evaluate every so many optimizer steps; 0: only at the end."""
+    eval_every: int = Field(default=0, ge=0)
+    """Also evaluate every so many optimizer steps, after the update that reaches them; 0: only at the end."""
 
     eval_at_start: bool = False
     """Also evaluate before the first update."""
@@ -298,7 +300,17 @@ class EvaluatedPartsConfig(ReinforcementPartsConfig, PolicyEvalConfig, Checkpoin
 
 def policy_eval_due(step: StepResult, config: EvaluatedPartsConfig) -> bool:
     """Whether the policy is measured after this update."""
-    return bool(config.eval_every) and step.step % (config.eval_every * config.steps_per_update) == 0
+    return _reached(config.eval_every, step, config)
+
+
+def update_checkpoint_due(step: StepResult, config: EvaluatedPartsConfig) -> bool:
+    """Whether the training state is saved after this update."""
+    return _reached(config.save_every, step, config)
+
+
+def _reached(every: int, step: StepResult, config: LearnerConfig) -> bool:
+    """Return whether one of an update's optimizer steps is a multiple of ``every``."""
+    return bool(every) and step.step // every > (step.step - config.steps_per_update) // every
 
 
 def policy_eval_at_start(config: PolicyEvalConfig) -> bool:

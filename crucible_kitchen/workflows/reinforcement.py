@@ -22,8 +22,9 @@ from crucible_kitchen.stages.rollout import (
     policy_eval_due,
     publish_policy,
     rollout_feed,
+    update_checkpoint_due,
 )
-from crucible_kitchen.stages.training import checkpoint_due, save_checkpoint, save_final
+from crucible_kitchen.stages.training import save_checkpoint, save_final
 from crucible_kitchen.workflow.nodes import Stream, When, Workflow
 
 __all__ = ["ReinforcementConfig", "reinforcement"]
@@ -51,7 +52,7 @@ reinforcement = Workflow(
         publish_policy,
         log_rl_metrics,
         When(policy_eval_due, evaluate),
-        When(checkpoint_due, save_checkpoint),
+        When(update_checkpoint_due, save_checkpoint),
         over=rollout_feed,
         draws="ticket",
     ),

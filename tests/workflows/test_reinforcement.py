@@ -1,0 +1,357 @@
+"""The reinforcement workflow on the noop backend, whose little model really learns from rewards."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crucible_kitchen import events as e
+from crucible_kitchen.config import build_config
+from crucible_kitchen.errors import ConfigError, CrucibleError, WorkflowError
+from crucible_kitchen.kitchen import Kitchen
+from crucible_kitchen.learner import PPO, grpo
+from crucible_kitchen.registry import Registry
+from crucible_kitchen.rl.rollout import derived_seed
+from crucible_kitchen.rl.staleness import problem_order
+from crucible_kitchen.testing.environments import installed
+from crucible_kitchen.types import AdamParams, Datum, SamplingParams, SessionSpec
+from crucible_kitchen.workflows.reinforcement import ReinforcementConfig, reinforcement
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def letters() -> Any:
+    with installed():
+        yield
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    """A run of five small updates."""
+    return {
+        "model": "noop",
+        "lora_rank": 0,
+        "env": "letters",
+        "advantage": "grpo",
+        "group_size": 4,
+        "groups_per_batch": 3,
+        "num_rollouts": 5,
+        "max_tokens": 6,
+        "eval_size": 4,
+        "learning_rate": 0.05,
+        "lr_schedule": "constant",
+        "sampling": "deterministic",
+    }
+
+
+async def run(home: Any, config: dict[str, Any], workflow: Any = "reinforcement", **capabilities: Any) -> Any:
+    """Run to the end and return the result and all events."""
+    adapters = {
+        "training_client": ("noop", {"capabilities": capabilities}),
+        "blob_store": "noop",
+        "model_registry": "noop",
+    }
+    async with Kitchen(adapters, home=home) as kitchen:
+        handle = await kitchen.start(workflow, config)
+        found = [record.event async for record in handle.events()]
+        return await handle.wait(), found
+
+
+def of(events: list[e.Event], kind: type) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def weights(result: Any) -> str:
+    """Return the hash of what was trained."""
+    return str(result.state.final_weights.sha256)
+
+
+async def test_a_run_reports_rollouts_updates_and_a_registered_model(home, config):
+    result, events = await run(home, config)
+    assert result.status == "completed"
+    assert result.state.rollout_metrics["num_trajectories"] == 12
+    assert {"reward_mean", "reward_std"} <= result.state.rollout_metrics.keys()
+    assert {"policy_loss", "entropy", "clip_fraction"} <= result.state.ppo_metrics.keys()
+    assert result.state.eval_results["synthetic"]
+    assert result.state.registered_model.id == "reinforcement-noop-letters:1"
+    assert result.state.registered_model.lineage["dataset"] == "letters"
+    counts = Counter(event.name for event in events)
+    assert counts["rl.env_group_built"] == 1
+    for name in ("rollout_complete", "advantages_computed", "ppo_update", "step", "pipeline"):
+        assert counts[f"rl.{name}"] == 5
+    assert [event.step for event in of(events, e.RLStep)] == [1, 2, 3, 4, 5]
+    assert of(events, e.PipelineMeasured)[-1].ledger == {"drawn": 15, "trained": 15, "requeued": 0, "dropped": {}}
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("advantage", ["grpo", "gae"])
+async def test_rewards_rise(home, config, k, advantage):
+    values = {**config, "num_rollouts": 40, "max_staleness": k, "advantage": advantage, "learning_rate": 0.3}
+    values |= {"env_options": {"problems": "2"}, "max_tokens": 1, "groups_per_batch": 16}
+    if advantage == "gae":
+        values["normalize"] = "batch"
+    _, events = await run(home, values)
+    rewards = [event.reward_mean for event in of(events, e.RLStep)]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.1
+
+
+async def test_without_staleness_the_result_is_the_plain_sequential_loop_s_bit_for_bit(home, config):
+    """The loop below knows nothing of actors, queues or stages."""
+    from crucible_kitchen_noop import NoopTrainingClient
+
+    result, _ = await run(home, {**config, "env_options": {"seconds": "0.02"}}, entropy=False)
+    spec = SessionSpec("noop", None, 0, str(home))
+    order = problem_order(16, 0)
+    async with NoopTrainingClient().open_session(spec) as session:
+        for update in range(5):
+            sampler = await session.sampler()
+            step_datums, tokens = [], 0.0
+            for index in range(update * 3, update * 3 + 3):
+                prompt = [*session.tokenizer.prefix_ids, *session.tokenizer.encode(chr(ord("a") + order(index) % 26))]
+                samples = []
+                for member in range(4):
+                    seed = derived_seed(0, "sample", index, member, 0)
+                    params = SamplingParams(max_tokens=6, seed=seed, mode="deterministic")
+                    samples += await sampler.sample(prompt, params)
+                rewards = [sum("a" <= c <= "z" for c in s.text) / max(1, len(s.text)) for s in samples]
+                datums = []
+                for sample, advantage in zip(samples, grpo(rewards), strict=True):
+                    ids, n = np.array([*prompt, *sample.tokens]), len(sample.tokens)
+                    mask = np.arange(1, len(ids)) >= len(prompt)
+                    logprobs = np.zeros(len(mask), np.float32)
+                    logprobs[mask] = sample.logprobs
+                    inputs = {
+                        "target_tokens": ids[1:],
+                        "weights": mask.astype(float),
+                        "logprobs": logprobs,
+                        "advantages": advantage * mask,
+                    }
+                    datums.append(Datum({"tokens": ids[:-1]}, inputs))
+                    tokens += n
+                step_datums.append(datums)
+            async with session.step(update) as step:
+                for datums in step_datums:
+                    await step.forward_backward(datums, PPO())
+                await (await step.apply(AdamParams(0.05, grad_clip_norm=1.0), scale=1 / tokens))
+            await sampler.aclose()
+        exported = home / "plain"
+        exported.mkdir()
+        files = (await session.export(str(exported))).files
+    (run_directory,) = (home / "runs").iterdir()
+    for name in files:
+        assert (exported / name).read_bytes() == (run_directory / "export" / name).read_bytes(), name
+    assert result.status == "completed"
+
+
+@pytest.mark.parametrize("learner", ["streaming", "batch"])
+async def test_without_staleness_the_order_of_arrival_changes_nothing(home, config, learner):
+    found = set()
+    for seconds, concurrent in (("0", 3), ("0.03", 3), ("0.01", 1)):
+        values = {**config, "env_options": {"seconds": seconds}, "concurrent_groups": concurrent, "learner": learner}
+        found.add(weights((await run(home, values))[0]))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("normalize", ["none", "group", "running"])
+@pytest.mark.parametrize("advantage", ["grpo", "gae"])
+async def test_the_streaming_learner_gives_what_the_batch_learner_gives(home, config, normalize, advantage):
+    values = {**config, "normalize": normalize, "advantage": advantage}
+    losses = []
+    for learner in ("streaming", "batch"):
+        _, events = await run(home, {**values, "learner": learner})
+        losses.append([event.loss for event in of(events, e.TrainingStep)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9, abs=1e-12)
+
+
+async def test_a_backend_that_scales_by_a_constant_only_gives_the_same_update(home, config):
+    exact = await run(home, {**config, "learner": "batch"})
+    folded = await run(home, config, step_scale="constant")
+    for one, other in zip(of(exact[1], e.TrainingStep), of(folded[1], e.TrainingStep), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-9, abs=1e-12)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+
+
+async def test_several_passes_and_minibatches_are_real_optimizer_steps(home, config):
+    result, events = await run(home, {**config, "ppo_epochs": 3, "minibatches": 2, "num_rollouts": 2})
+    assert result.state.step.step == 12
+    assert [event.epoch for event in of(events, e.PPOUpdated)] == [0, 1, 2] * 2
+    assert of(events, e.PPOUpdated)[2].kl_divergence > 0
+
+
+async def test_crashing_environments_are_told_apart_from_bad_answers(home, config):
+    values = {**config, "env_options": {"crash": "0.3"}, "num_rollouts": 8, "max_staleness": 1, "rollout_attempts": 3}
+    result, events = await run(home, values)
+    assert result.status == "completed"
+    rollouts = of(events, e.RolloutComplete)
+    assert [len(event.groups) for event in rollouts] == [3] * 8
+    trained = [index for event in rollouts for index in event.groups]
+    dropped = {event.index: event.reason for event in of(events, e.GroupDropped)}
+    assert len(set(trained)) == 24
+    assert not dropped.keys() & set(trained)
+    assert set(dropped.values()) <= {"env_fault: RuntimeError"}
+    for event in rollouts:
+        assert event.num_trajectories == event.outcomes["scored"]
+        assert sum(event.outcomes.values()) == 12
+    ledger = of(events, e.PipelineMeasured)[-1].ledger
+    assert ledger["drawn"] == 24 + sum(ledger["dropped"].values())
+
+
+async def test_turns_are_sampled_with_the_newest_policy_and_their_holes_are_not_trained(home, config):
+    _, events = await run(home, {**config, "env_options": {"turns": "3"}, "max_tokens": 4})
+    assert of(events, e.RolloutComplete)[0].tokens_mean <= 12
+    assert of(events, e.AdvantagesComputed)[0].num_steps == round(of(events, e.RolloutComplete)[0].tokens_mean * 12)
+
+
+async def test_the_policy_is_measured_and_saved_when_an_update_reaches_the_number_of_steps(home, config):
+    values = {**config, "ppo_epochs": 4, "eval_every": 6, "save_every": 8, "eval_at_start": True}
+    _, events = await run(home, values)
+    assert [(event.label, event.step) for event in of(events, e.PolicyEvaluated)] == [
+        ("evaluate_before", 0),
+        ("evaluate", 8),
+        ("evaluate", 12),
+        ("evaluate", 20),
+        ("evaluate", 20),
+    ]
+    assert [event.step for event in of(events, e.TrainingCheckpoint)] == [8, 16]
+
+
+# -- every key --------------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Any] = {
+    "seed": 1,
+    "lora_rank": 2,
+    "env_options": {"problems": "3"},
+    "group_size": 5,
+    "groups_per_batch": 2,
+    "num_rollouts": 3,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "top_k": 3,
+    "max_tokens": 3,
+    "max_turns": [1, {"env_options": {"turns": "2"}}],
+    "max_staleness": 2,
+    "shuffle": False,
+    "advantage": "gae",
+    "advantage_std": "rllm",
+    "gamma": [0.5, {"advantage": "gae"}],
+    "gae_lambda": [0.5, {"advantage": "gae"}],
+    "value_coef": [0.01, {"advantage": "gae"}],
+    "value_clip": [1e-6, {"advantage": "gae", "ppo_epochs": 3}],
+    "normalize": "batch",
+    "loss": ["importance_sampling", {"ppo_epochs": 4, "learning_rate": 0.5}],
+    "clip_epsilon": [0.001, {"ppo_epochs": 3}],
+    "clip_epsilon_high": [0.001, {"ppo_epochs": 3}],
+    "dual_clip": [1.0001, {"ppo_epochs": 4, "learning_rate": 0.5}],
+    "ratio_min": [0.999, {"loss": "cispo", "ppo_epochs": 3}],
+    "ratio_max": [1.001, {"loss": "cispo", "ppo_epochs": 3}],
+    "behaviour_cap": [1e-6, {"loss": "decoupled_ppo"}],
+    "aggregation": "sequence_mean",
+    "importance_cap": 0.5,
+    "kl_coef": 0.5,
+    "kl_in": ["loss", {"kl_coef": 0.5}],
+    "entropy_coef": 0.1,
+    "ppo_epochs": 2,
+    "minibatches": 2,
+    "learning_rate": 0.01,
+    "lr_schedule": "linear",
+    "lr_end": [0.5, {"lr_schedule": "linear"}],
+    "lr_power": [3.0, {"lr_schedule": "polynomial"}],
+    "warmup": 3,
+    "beta1": 0.1,
+    "beta2": 0.5,
+    "eps": 0.1,
+    "weight_decay": 0.5,
+    "grad_clip_norm": 0.01,
+    "lora_alpha": [64.0, {"lora_rank": 2}],
+}
+"""A value for each key that decides what is learned, and the settings it needs; each must change the weights."""
+
+OTHERWISE = {
+    "model": "another model",
+    "env": "another environment",
+    "stage_timeout": "how long stages may take",
+    "grace": "how long closing may take",
+    "durability": "when records are on disk",
+    "on_failure": "what follows a failure",
+    "stall_after": "when a run counts as stalled",
+    "on_stall": "what follows then",
+    "lora_dropout": "the noop model has no dropout",
+    "lora_targets": "the noop model has one layer",
+    "chat_template": "the noop model has none",
+    "template": "the noop tokenizer has no chat template",
+    "concurrent_groups": "see the test of the order of arrival",
+    "staleness_policy": "see tests/rl/test_pipeline.py",
+    "sampling": "the noop sampler is always deterministic",
+    "rollout_timeout": "see tests/rl/test_rollout.py",
+    "rollout_attempts": "see tests/rl/test_rollout.py",
+    "min_group_size": "see tests/rl/test_rollout.py",
+    "learner": "gives the same, see above",
+    "eval_size": "measures only",
+    "eval_every": "measures only",
+    "eval_at_start": "measures only",
+    "save_every": "saves only",
+    "register_as": "names only",
+    "parent_model": "lineage only",
+}
+"""Every other key, and why it has no place above."""
+
+
+def test_every_key_is_walked_over():
+    assert sorted(CHANGES.keys() | OTHERWISE.keys()) == sorted(ReinforcementConfig.model_fields)
+
+
+@pytest.mark.parametrize("key", sorted(CHANGES))
+async def test_every_key_changes_the_numbers(home, config, key):
+    change = CHANGES[key]
+    value, needs = change if isinstance(change, list) else (change, {})
+    base = {**config, **needs}
+    before, after = await run(home, base), await run(home, {**base, key: value})
+    assert weights(before[0]) != weights(after[0])
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "capabilities", "error", "says"),
+    [
+        ({"env": "lettrs"}, {}, WorkflowError, "did you mean 'letters'"),
+        ({"env": "letters:x"}, {}, WorkflowError, "has no tasks"),
+        ({"env_options": {"colour": "red"}}, {}, WorkflowError, "has no option 'colour'"),
+        ({"group_size": 1}, {}, WorkflowError, "a group of one has nobody to compare"),
+        ({"min_group_size": 1}, {}, WorkflowError, "a group of one has nobody to compare"),
+        ({"min_group_size": 9}, {}, WorkflowError, "more than group_size"),
+        ({"minibatches": 50}, {}, WorkflowError, "50 minibatches are more"),
+        ({"advantage": "gae"}, {"value_head": False}, WorkflowError, "write advantage=grpo"),
+        ({"kl_coef": 0.1}, {"reference": False}, WorkflowError, "frozen reference"),
+        ({}, {"sampling": False}, WorkflowError, "cannot sample"),
+        ({"learner": "streaming"}, {"step_scale": "constant"}, WorkflowError, "use learner=batch"),
+        ({}, {"custom_loss": "refused"}, WorkflowError, "takes none of ours"),
+        ({"model": "mlp"}, {}, WorkflowError, "no policy over observations"),
+        ({"epochs": 3}, {}, ConfigError, "unknown config key 'epochs'"),
+        ({"group_sise": 3}, {}, ConfigError, "did you mean 'group_size'"),
+    ],
+)
+async def test_what_cannot_work_is_refused_before_anything_runs(home, config, values, capabilities, error, says):
+    with pytest.raises(error) as caught:
+        await run(home, {**config, **values}, **capabilities)
+    assert says in f"{caught.value} {caught.value.hint}"
+    assert not (home / "runs").exists()
+
+
+async def test_an_environment_that_always_crashes_ends_the_run_with_the_reason(home, config):
+    with pytest.raises(CrucibleError, match="in a row came to nothing, the last because: env_fault: RuntimeError"):
+        await run(home, {**config, "env_options": {"crash": "1"}})
+
+
+# -- what users see ---------------------------------------------------------------------------------------------------
+
+
+def test_the_workflow_is_described_and_its_config_is_json():
+    assert Registry.discover().target("reinforcement") is reinforcement
+    values = {"model": "tiny", "env": "sums"}
+    dumped = json.loads(build_config(ReinforcementConfig, values).model_dump_json())
+    assert build_config(ReinforcementConfig, values | {"group_size": dumped["group_size"]}).advantage == "gae"
