@@ -44,10 +44,20 @@ class _Bound:
     def __init__(self, sink: "PrometheusSink", workflow: str) -> None:
         self._stage_seconds = sink._stage_seconds
         self._stage_errors = sink._stage_errors
+        self._outcomes = sink._outcomes
+        self._dropped = sink._dropped
         self._workflow = workflow
         self._stages: dict[str, tuple[Histogram, Counter]] = {}
         self.gauges: dict[str, Gauge] = _Measured(sink._gauges, workflow)
         self.counters: dict[str, Counter] = {name: c.labels(workflow) for name, c in sink._counters.items()}
+
+    def outcomes(self, kind: str, count: int) -> None:
+        """Count outcomes of one kind; there are five."""
+        self._outcomes.labels(self._workflow, kind).inc(count)
+
+    def dropped(self, reason: str) -> None:
+        """Count a group that was given up, by the word before the colon."""
+        self._dropped.labels(self._workflow, reason.partition(":")[0]).inc()
 
     def stage(self, name: str) -> tuple[Histogram, Counter]:
         """Return a stage's histogram of seconds and counter of errors."""
@@ -83,6 +93,15 @@ class PrometheusSink:
         )
         self._runs = Counter(
             "crucible_runs", "Runs that ended, by how.", ["workflow", "status"], registry=self.registry
+        )
+        self._outcomes = Counter(
+            "crucible_rl_outcomes",
+            "Rollouts of trained groups, by outcome.",
+            ["workflow", "kind"],
+            registry=self.registry,
+        )
+        self._dropped = Counter(
+            "crucible_rl_groups_dropped", "Groups given up, by reason.", ["workflow", "reason"], registry=self.registry
         )
         self._gauges = {
             name: Gauge(f"crucible_{name}", words, one, registry=self.registry) for name, words in _GAUGES.items()
@@ -140,9 +159,25 @@ _GAUGES = {
     "eval_precision": "Precision of the last evaluation.",
     "eval_recall": "Recall of the last evaluation.",
     "eval_samples": "Rows of the last evaluation.",
+    "rl_reward_mean": "Mean reward of the last update's rollouts.",
+    "rl_policy_loss": "Policy loss of the last update.",
+    "rl_entropy": "Entropy of the policy at the last update, nats per token.",
+    "rl_clip_fraction": "Share of clipped tokens at the last update.",
+    "rl_queue_depth": "Groups in the queue when the last update ended.",
+    "rl_in_flight": "Groups that were being rolled out when the last update ended.",
+    "rl_staleness_mean": "Mean age of what was trained, in updates.",
+    "rl_staleness_max": "Greatest age of what was trained, in updates.",
+    "rl_overlap_efficiency": "Overlap of rollouts and learning, of 1.",
+    "rl_learner_idle_share": "Share of the time in which the learner waited for rollouts.",
+    "rl_waste": "Share of what was sampled that was given up.",
+    "rl_environment_seconds": "Seconds in the environment per episode, mean of the last update.",
+    "rl_sampling_seconds": "Seconds of sampling per episode, mean of the last update.",
+    "rl_evaluated_reward": "Mean reward of the last evaluation of the policy.",
 }
 _COUNTERS = {
     "training_steps": "Optimizer steps.",
+    "rl_updates": "Updates of a policy.",
+    "rl_trajectories": "Episodes that were trained on.",
     "training_checkpoints": "Training states saved.",
     "models_registered": "Model versions registered.",
     "warnings": "Warnings raised.",
@@ -165,6 +200,27 @@ def _count_eval(bound: _Bound, event: e.EvalComplete) -> None:
     bound.gauges["eval_samples"].set(event.sample_count)
 
 
+def _count_rollouts(bound: _Bound, event: e.RolloutComplete) -> None:
+    bound.counters["rl_trajectories"].inc(event.num_trajectories)
+    bound.gauges["rl_reward_mean"].set(event.reward_mean)
+    bound.gauges["rl_environment_seconds"].set(event.env_seconds / max(1, event.num_trajectories))
+    bound.gauges["rl_sampling_seconds"].set(event.sampling_seconds / max(1, event.num_trajectories))
+    for kind, count in event.outcomes.items():
+        bound.outcomes(kind, count)
+
+
+def _count_update(bound: _Bound, event: e.RLStep) -> None:
+    bound.counters["rl_updates"].inc()
+    for metric in ("policy_loss", "entropy", "clip_fraction"):
+        bound.gauges[f"rl_{metric}"].set(getattr(event, metric))
+
+
+def _count_pipeline(bound: _Bound, event: e.PipelineMeasured) -> None:
+    for metric in event.measurements:
+        if metric != "length_bias":
+            bound.gauges[f"rl_{metric}"].set(getattr(event, metric))
+
+
 _COUNT: dict[type[e.Event], Callable[[_Bound, Any], object]] = {
     e.StageStop: lambda bound, event: bound.stage(event.stage)[0].observe(event.duration_s),
     e.StageErrored: lambda bound, event: bound.stage(event.stage)[1].inc(),
@@ -172,6 +228,11 @@ _COUNT: dict[type[e.Event], Callable[[_Bound, Any], object]] = {
     e.TrainingEpoch: lambda bound, event: bound.gauges["training_epoch_loss"].set(event.avg_loss),
     e.TrainingCheckpoint: lambda bound, _: bound.counters["training_checkpoints"].inc(),
     e.EvalComplete: _count_eval,
+    e.RolloutComplete: _count_rollouts,
+    e.RLStep: _count_update,
+    e.PipelineMeasured: _count_pipeline,
+    e.GroupDropped: lambda bound, event: bound.dropped(event.reason),
+    e.PolicyEvaluated: lambda bound, event: bound.gauges["rl_evaluated_reward"].set(event.reward_mean),
     e.ModelRegistered: lambda bound, _: bound.counters["models_registered"].inc(),
     e.WarningRaised: lambda bound, _: bound.counters["warnings"].inc(),
 }

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -216,6 +217,23 @@ async def test_the_policy_is_measured_and_saved_when_an_update_reaches_the_numbe
         ("evaluate", 20),
     ]
     assert [event.step for event in of(events, e.TrainingCheckpoint)] == [8, 16]
+
+
+async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(home, config):
+    adapters = {"training_client": "noop", "blob_store": "noop", "model_registry": "noop"}
+    values = {**config, "env_options": {"crash": "0.3"}, "rollout_attempts": 1}
+    async with Kitchen(adapters, home=home, metrics_port=0) as kitchen:
+        await kitchen.run("reinforcement", values)
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"http://127.0.0.1:{kitchen.metrics_port}/metrics")).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    label = '{workflow="reinforcement"}'
+    assert float(found[f"crucible_rl_updates_total{label}"]) == 5
+    assert float(found['crucible_rl_outcomes_total{kind="env_fault",workflow="reinforcement"}']) > 0
+    scored = float(found['crucible_rl_outcomes_total{kind="scored",workflow="reinforcement"}'])
+    assert float(found[f"crucible_rl_trajectories_total{label}"]) == scored
+    for name in ("queue_depth", "staleness_mean", "overlap_efficiency", "learner_idle_share", "environment_seconds"):
+        assert f"crucible_rl_{name}{label}" in found
 
 
 # -- every key --------------------------------------------------------------------------------------------------------
