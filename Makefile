@@ -12,7 +12,7 @@ help:
 	@echo "make test     lint, types, unit, contract and virtual-clock suites, the README's blocks (under 10 minutes)"
 	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
 	@echo "make bench    the tables of docs/benchmarks.md"
-	@echo "make peers    a real model beside transformers, training beside trl (fetches both: 95 MB)"
+	@echo "make peers    a real model beside transformers, training beside trl, tinker's client (fetches them: 200 MB)"
 	@echo "make install  the virtual environment only"
 
 install: $(DEV)
@@ -51,6 +51,8 @@ bench: $(DEV)
 
 peers: $(DEV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0
+	test -x .peers/tinker-sdk/bin/python || $(PYTHON) -m venv .peers/tinker-sdk
+	.peers/tinker-sdk/bin/python -m pip install -qq --disable-pip-version-check --no-compile tinker==0.23.4
 	$(BIN)/pytest -m peers --durations=5
 	$(BIN)/python benchmarks/bench_training.py
 

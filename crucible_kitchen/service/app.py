@@ -69,6 +69,7 @@ def training_app(server: TrainingServer, api_key: str | None) -> Starlette:
         "sessions/{session_id}/finish": http.finish,
         "create_model": http.future(server.create_model),
         "get_info": http.soon(server.get_info),
+        "weights_info": http.soon(server.weights_info),
         "unload_model": http.now(server.unload),
         "create_sampling_session": http.soon(server.create_sampling_session),
         "close_sampling_session": http.soon(server.close_sampling),

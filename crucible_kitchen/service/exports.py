@@ -9,7 +9,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from crucible_kitchen.errors import NotFoundError
+from crucible_kitchen.errors import SessionLost
 from crucible_kitchen.service.weights import storage_errors
 from crucible_kitchen.types import ExportedModel, JsonObject
 
@@ -64,11 +64,11 @@ class Exports:
         """Return the file of an archive.
 
         Raises:
-            NotFoundError: there is none of this name.
+            SessionLost: it is gone, with its model or with an earlier life of the server.
         """
         path = self._directory / f"{archive}.tar"
         if archive not in self._archives.values() or not path.exists():
-            raise NotFoundError("there is no such archive")
+            raise SessionLost("the archive is gone", hint="export the model again")
         return path
 
     def forget(self, model: str) -> None:

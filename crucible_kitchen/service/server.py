@@ -185,6 +185,13 @@ class TrainingServer:
             "crucible": {"info": info, "capabilities": can, "step": session.position},
         }
 
+    async def weights_info(self, body: JsonObject) -> JsonObject:
+        """Say what saved weights belong to."""
+        saved = await run_sync(self.index.get, _text(body, "tinker_path"))
+        lora = saved.spec.lora
+        told = {"base_model": self.model, "is_lora": lora is not None, "lora_rank": lora.rank if lora else None}
+        return told | {"train_mlp": True, "train_attn": True, "train_unembed": False}
+
     async def tokenizer(self, model_id: str) -> JsonObject:
         """Return the files of a model's tokenizer, each in base64."""
         session = self._model({"model_id": model_id}).session

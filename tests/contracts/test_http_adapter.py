@@ -29,6 +29,14 @@ def spoil(server, state):
     path.write_bytes(bytes(data))
 
 
+@pytest.fixture(scope="module")
+def torch_server(tmp_path_factory):
+    from crucible_kitchen.testing.training_server import RunningServer
+
+    with RunningServer("tiny", tmp_path_factory.mktemp("server"), "a-key", threads=1) as server:
+        yield server
+
+
 @pytest.mark.parametrize("kind", LORA)
 @pytest.mark.parametrize("check", contracts.TRAINING_CLIENT, ids=contracts.name)
 async def test_training_client(check, kind, torch_server, tmp_path):
