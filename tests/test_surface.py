@@ -62,9 +62,11 @@ COMMANDS = {
     "run": "target values --config --adapter --home --metrics-port --metrics-host --dry-run --json --jsonl "
     "--tensorboard --quiet -q --debug",
     "validate": "target values --config --adapter --home --json --debug",
-    "runs": "--limit --home --json --debug",
+    "runs": "--limit --status --workflow --since --home --json --debug",
+    "runs prune": "run --status --workflow --older-than --yes -y --home --json --debug",
+    "compare": "first second --home --json --debug",
     "show": "run --home --json --debug",
-    "events": "run --schema --after --home --json --debug",
+    "events": "run --schema --after --follow -f --home --json --debug",
     "describe": "name --mermaid --json --debug",
     "workflows": "--json --debug",
     "recipes": "--json --debug",

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from crucible_kitchen import __version__
-from crucible_kitchen.cli import catalogue, doctor, models, reading, running, sample, serving
+from crucible_kitchen.cli import catalogue, comparing, doctor, listing, models, reading, running, sample, serving
 from crucible_kitchen.cli.console import (
     CANCELLED,
     FAILED,
@@ -68,9 +68,9 @@ def version(as_json: JsonOption = False) -> None:
 for _command in (
     running.run,
     running.validate,
-    reading.runs,
     reading.show,
     reading.events,
+    comparing.compare,
     catalogue.describe,
     catalogue.workflows,
     catalogue.recipes,
@@ -81,6 +81,7 @@ for _command in (
     version,
 ):
     app.command()(_command)
+app.add_typer(listing.runs, name="runs")
 app.add_typer(models.models, name="models")
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -1,9 +1,10 @@
-"""The commands that look at past and present runs: ``runs``, ``show``, ``events``.
+"""The commands that look at one run, past or present: ``show`` and ``events``.
 
 They read the run store and change nothing; where there is none yet, they find it empty. Read next:
 ``crucible_kitchen.cli.summary``.
 """
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -11,22 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from crucible_kitchen.cli.console import answer, answer_json, block, plain, reporting, table
+from crucible_kitchen.cli.console import answer, answer_json, block, plain, reporting, say, table
 from crucible_kitchen.cli.options import DEFAULT_HOME, HomeOption, JsonOption
-from crucible_kitchen.cli.summary import clock, run_facts, run_row, summary
+from crucible_kitchen.cli.summary import clock, run_facts, summary
 
 if TYPE_CHECKING:
     from crucible_kitchen.events import EventRecord
     from crucible_kitchen.store import RunStore
 
-__all__ = ["events", "runs", "show"]
+__all__ = ["events", "pages", "read", "show"]
 
 T = TypeVar("T")
 
 PAGE = 1000
+FOLLOW_SECONDS = 0.2
+"""Between two looks into the store for new events."""
 
 
-def _read(home: Path, ask: "Callable[[RunStore], Awaitable[T]]") -> T:
+def read(home: Path, ask: "Callable[[RunStore], Awaitable[T]]") -> T:
     """Open the run store below a home, ask it, and close it."""
     import anyio
 
@@ -41,41 +44,17 @@ def _read(home: Path, ask: "Callable[[RunStore], Awaitable[T]]") -> T:
 
 
 @reporting
-def runs(
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="At most this many, the newest first.")
-    ] = 50,
-    home: HomeOption = DEFAULT_HOME,
-    as_json: JsonOption = False,
-) -> None:
-    """List the runs, the newest first."""
-    found = [run_row(record) for record in _read(home, lambda store: store.runs(limit))]
-    if as_json:
-        answer_json(found)
-        return
-    rows = [
-        (
-            row["run_id"],
-            row["workflow"],
-            row["status"],
-            clock(row["created_at"]),
-            "" if row["duration_s"] is None else f"{row['duration_s']:.1f} s",
-            "" if row["accuracy"] is None else f"{row['accuracy']:.3f}",
-            row["model"],
-        )
-        for row in found
-    ]
-    table(("run", "workflow", "status", "started", "took", "accuracy", "model"), rows)
-
-
-@reporting
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or the beginning of it.", show_default=False)],
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a run gave and what it was."""
-    facts = _read(home, lambda store: run_facts(store, run))
+    """Show what a run gave and what it was, its attempts, its checkpoints, and what it waits for if it stalled."""
+
+    async def asked(store: "RunStore") -> dict[str, Any]:
+        return await run_facts(store, run) | await course(store, run)
+
+    facts = read(home, asked)
     if as_json:
         answer_json(facts)
         return
@@ -88,9 +67,76 @@ def show(
         answer(f"  {'error':<11} [{error['code']}] {place}{error['message']}")
         if error.get("hint"):
             answer(f"  {'hint':<11} {error['hint']}")
+    if stall := facts["stall"]:
+        answer(f"  {'stalled' if stall['still'] else 'had stalled':<11} {stall['culprit']} ({clock(stall['time'])})")
+    block("waits", [(wait["who"] or "a task", _wait(wait)) for wait in stall["waits"]] if stall else ())
+    block("attempts", [(str(attempt["number"]), _attempt(attempt)) for attempt in facts["attempts"]])
+    block("checkpoints", [(str(kept["number"]), _checkpoint(kept)) for kept in facts["checkpoints"]])
     block("config", _given(facts["config"]).items())
     block("metrics", _measured(facts["metrics"]).items())
     block("artifacts", [(a["kind"], f"{a['uri']} ({a['size']} bytes) {a['name']}") for a in facts["artifacts"]])
+
+
+async def course(store: "RunStore", run: str) -> dict[str, Any]:
+    """Return a run's attempts, checkpoints, and the last stall of one that has not completed."""
+    record = await store.run(run)
+    attempts = await store.attempts(record.run_id)
+    stall: dict[str, Any] | None = None
+    if record.status != "completed":
+        async for kept in pages(store, record.run_id, attempts[-1].seq if attempts else 0):
+            if kept.event.name == "run.stalled":
+                stall = kept.event.to_json() | {"seq": kept.seq, "time": kept.time, "still": True}
+            elif stall is not None:
+                stall["still"] = False
+    return {
+        "attempts": [
+            {
+                "number": attempt.number,
+                "status": attempt.status,
+                "owner": str(attempt.owner),
+                "owner_alive": attempt.owner.alive() if attempt.status == "running" else None,
+                "started_at": attempt.started_at,
+                "ended_at": attempt.ended_at,
+                "error": attempt.error,
+            }
+            for attempt in attempts
+        ],
+        "checkpoints": [
+            {
+                "number": kept.number,
+                "session": kept.session,
+                "place": kept.place,
+                "step": kept.step,
+                "attempt": kept.epoch,
+                "created_at": kept.created_at,
+                "damaged": kept.damaged,
+            }
+            for kept in await store.checkpoints(record.run_id)
+        ],
+        "stall": stall,
+    }
+
+
+def _attempt(attempt: dict[str, Any]) -> str:
+    took = f" for {attempt['ended_at'] - attempt['started_at']:.1f} s" if attempt["ended_at"] else ""
+    owner = ""
+    if attempt["status"] == "running":
+        lives = {True: "it lives", False: "it is gone: `resume` goes on", None: "not to be seen from here"}
+        owner = f", owned by {attempt['owner']} ({lives[attempt['owner_alive']]})"
+    error = f" [{attempt['error']['code']}]" if attempt["error"] else ""
+    return f"{attempt['status']}{error} since {clock(attempt['started_at'])}{took}{owner}"
+
+
+def _checkpoint(kept: dict[str, Any]) -> str:
+    damaged = ", damaged" if kept["damaged"] else ""
+    return (
+        f"step {kept['step']} of {kept['session']} at {clock(kept['created_at'])}, attempt {kept['attempt']}{damaged}"
+    )
+
+
+def _wait(wait: dict[str, Any]) -> str:
+    what = f"{wait['cause']} {wait['whom']}".strip()
+    return f"{what} for {wait['for_s']:.0f} s" + (f" at {wait['at']}" if wait["at"] else "")
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,14 +159,23 @@ def events(
         bool, typer.Option("--schema", help="List the events that there are, with their fields.")
     ] = False,
     after: Annotated[int, typer.Option("--after", metavar="SEQ", min=0, help="Only what came after this place.")] = 0,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what comes, until the run's last attempt has ended.")
+    ] = False,
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the events of a run, or what events there are."""
+    """Show the events of a run, or what events there are.
+
+    With --follow they are shown as they come, from another process too; --json then writes one object a line.
+    """
     if schema:
         _schema(as_json=as_json)
         return
-    found = _read(home, partial(_events, run=run, after=after))
+    if follow:
+        read(home, partial(_follow, run=run, after=after, as_json=as_json))
+        return
+    found = read(home, partial(_events, run=run, after=after))
     if as_json:
         answer_json([record.to_json() for record in found])
         return
@@ -131,14 +186,45 @@ def events(
 async def _events(store: "RunStore", *, run: str | None, after: int) -> "list[EventRecord]":
     newest = await store.runs(1) if run is None else []
     record = newest[0] if newest else await store.run(run or "")
-    return [event async for event in _pages(store, record.run_id, after)]
+    return [event async for event in pages(store, record.run_id, after)]
 
 
-async def _pages(store: "RunStore", run_id: str, after: int) -> "AsyncIterator[EventRecord]":
+async def pages(store: "RunStore", run_id: str, after: int) -> "AsyncIterator[EventRecord]":
+    """Yield the events of a run after a place, as far as they are there now."""
     while page := await store.read(run_id, after, PAGE):
         for record in page:
             yield record
         after = page[-1].seq
+
+
+async def _follow(store: "RunStore", *, run: str | None, after: int, as_json: bool) -> None:
+    newest = await store.runs(1) if run is None else []
+    record = newest[0] if newest else await store.run(run or "")
+    async for kept in followed(store, record.run_id, after):
+        if as_json:
+            answer_json(kept.to_json())
+        else:
+            answer(_event_line(kept))
+        sys.stdout.flush()
+
+
+async def followed(
+    store: "RunStore", run_id: str, after: int = 0, pause: float = FOLLOW_SECONDS
+) -> "AsyncIterator[EventRecord]":
+    """Yield a run's events as they come, until the last event of its last attempt, or its process is gone."""
+    import anyio
+
+    while True:
+        record, attempts = await store.run(run_id), await store.attempts(run_id)
+        async for kept in pages(store, run_id, after):
+            after = kept.seq
+            yield kept
+        if record.status != "running":  # asked before the events were read: all of them are there
+            return
+        if attempts and attempts[-1].owner.alive() is False:
+            say(f"the process of {run_id} is gone; `crucible-kitchen resume {run_id}` goes on with it")
+            return
+        await anyio.sleep(pause)
 
 
 def _event_line(record: "EventRecord") -> str:
