@@ -333,7 +333,8 @@ class EnvGroupBuilt(Event):
 class RolloutComplete(Event):
     """All rollouts of one update are there. Rewards are over its trajectories; ``groups`` are their indices of drawing.
 
-    ``outcomes`` counts by kind, failed members of trained groups included; seconds are summed over members.
+    ``outcomes`` counts by kind, failed members of trained groups included; ``env_seconds`` and ``sampling_seconds`` are
+    summed over members, ``seconds`` has what each group took.
     """
 
     name: ClassVar[str] = "rl.rollout_complete"
@@ -353,6 +354,7 @@ class RolloutComplete(Event):
     sampling_seconds: float
     rollout_index: int
     groups: Sequence[int] = ()
+    seconds: Sequence[float] = ()
     outcomes: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 

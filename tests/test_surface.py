@@ -70,6 +70,9 @@ COMMANDS = {
     "describe": "name --mermaid --json --debug",
     "workflows": "--json --debug",
     "recipes": "--json --debug",
+    "environments": "--json --debug",
+    "rehearse": "target values --config --from --rollout-seconds --rollout-sigma --update-seconds --publish-seconds "
+    "--price-hour --price-tokens --home --json --debug",
     "adapters": "--json --debug",
     "sample": "model --prompt -p --system --temperature --top-p --max-tokens --seed --home --adapter --json --debug",
     "train-server": "--model --host --port --home --adapter --json --debug",
@@ -86,7 +89,7 @@ RESULT = "run_id status state metrics artifacts duration_s"
 EVENTS = {  # name: measurements | metadata
     "rl.env_group_built": "group_size groups_per_batch | env_type problems fingerprint",
     "rl.rollout_complete": "reward_mean reward_std num_trajectories tokens_mean env_seconds sampling_seconds "
-    "| rollout_index groups outcomes metrics",
+    "| rollout_index groups seconds outcomes metrics",
     "rl.advantages_computed": "advantage_mean advantage_std return_mean return_std num_steps |",
     "rl.ppo_update": "policy_loss value_loss entropy clip_fraction kl_divergence | epoch batch_size",
     "rl.step": "reward_mean policy_loss entropy clip_fraction | step",

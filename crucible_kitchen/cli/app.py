@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from crucible_kitchen import __version__
-from crucible_kitchen.cli import catalogue, comparing, doctor, listing, models, reading, running, sample, serving
+from crucible_kitchen.cli import (
+    catalogue,
+    comparing,
+    doctor,
+    listing,
+    models,
+    reading,
+    rehearsing,
+    running,
+    sample,
+    serving,
+)
 from crucible_kitchen.cli.console import (
     CANCELLED,
     FAILED,
@@ -68,6 +79,7 @@ def version(as_json: JsonOption = False) -> None:
 for _command in (
     running.run,
     running.validate,
+    rehearsing.rehearse,
     reading.show,
     reading.events,
     comparing.compare,
@@ -75,6 +87,7 @@ for _command in (
     catalogue.workflows,
     catalogue.recipes,
     catalogue.adapters,
+    catalogue.environments,
     sample.sample,
     serving.train_server,
     doctor.doctor,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from crucible_kitchen.workflow.recipe import Recipe
     from crucible_kitchen.workflow.stage import Step
 
-__all__ = ["adapters", "describe", "recipes", "workflows"]
+__all__ = ["adapters", "describe", "environments", "recipes", "workflows"]
 
 
 @reporting
@@ -102,6 +102,26 @@ def adapters(as_json: JsonOption = False) -> None:
         for row in found
     ]
     table(("port", "adapter", "", "usable", "to install"), rows)
+
+
+@reporting
+def environments(as_json: JsonOption = False) -> None:
+    """List the environments that policies can be trained in, and whether they can be used."""
+    from crucible_kitchen.rl.environments import environment_entries, load_environment
+
+    found = []
+    for name in environment_entries():
+        row = {"name": name, "usable": True, "problem": "", "install": ""}
+        try:
+            load_environment(name)
+        except CrucibleError as error:
+            row |= {"usable": False, "problem": error.message, "install": error.hint or ""}
+        found.append(row)
+    if as_json:
+        answer_json(found)
+        return
+    rows = [(row["name"], "usable" if row["usable"] else row["problem"], row["install"]) for row in found]
+    table(("environment", "usable", "to install"), rows)
 
 
 @reporting

@@ -65,7 +65,11 @@ def summary(facts: Mapping[str, Any], home: Path) -> list[str]:
     lines = [f"run {run_id} {facts['status']}" + (f" after {took:.1f} s" if took is not None else "")]
     state = facts.get("state") or {}
     if results := state.get("eval_results"):
-        lines.append(_fact("accuracy", accuracy(results, state.get("eval_before"))))
+        before = state.get("eval_before")
+        if "accuracy" in results:
+            lines.append(_fact("accuracy", accuracy(results, before)))
+        elif "reward_mean" in results:
+            lines.append(_fact("reward", reward(results, before)))
     if model := state.get("registered_model"):
         lines.append(_fact("model", f"{model['name']}:{model['version']}"))
     directory = home / "runs" / str(run_id)
@@ -92,6 +96,16 @@ def accuracy(results: Mapping[str, Any], before: Mapping[str, Any] | None) -> st
     spread = f"95% interval {interval[0]:.3f} to {interval[1]:.3f}, " if interval else ""
     made_up = "; synthetic: measured on a noop adapter" if results.get("synthetic") else ""
     return f"{text} ({spread}{results['n']} held-out rows{made_up})"
+
+
+def reward(results: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """Return a policy's mean reward with what it was before training, and its number of episodes."""
+    text = f"{results['reward_mean']:.3f}"
+    if before:
+        text = f"{before['reward_mean']:.3f} before, {text} after"
+    where = "held-out problems" if results.get("held_out") else "episodes"
+    made_up = "; synthetic: measured on a noop adapter" if results.get("synthetic") else ""
+    return f"{text} ({results['episodes']} {where}{made_up})"
 
 
 def clock(seconds: float | None) -> str:

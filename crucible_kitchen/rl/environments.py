@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from crucible_kitchen.errors import AdapterError, ConfigError, CrucibleError, NotFoundError
 from crucible_kitchen.ports.environment import EnvironmentFactory, EnvironmentSource
 
-__all__ = ["GROUP", "environment_entries", "open_environment"]
+__all__ = ["GROUP", "environment_entries", "load_environment", "open_environment"]
 
 GROUP = "crucible_kitchen.environments"
 
@@ -45,12 +45,7 @@ def open_environment(env: str, options: Mapping[str, str] | None = None) -> Envi
         MissingExtra: a package it needs is not installed.
     """
     name, _, task = env.partition(":")
-    entries = environment_entries()
-    if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"environments: {', '.join(entries) or 'none'}"
-        raise NotFoundError(f"there is no environment {name!r}", hint=hint)
-    factory = _load(entries[name])
+    factory = load_environment(name)
     given = dict(options or {})
     parameters = inspect.signature(factory).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -61,11 +56,22 @@ def open_environment(env: str, options: Mapping[str, str] | None = None) -> Envi
     return factory(task, **given)
 
 
-def _load(entry: EntryPoint) -> EnvironmentFactory:
+def load_environment(name: str) -> EnvironmentFactory:
+    """Return what makes sources of an environment.
+
+    Raises:
+        NotFoundError: there is no environment of this name.
+        AdapterError: it cannot be imported.
+    """
+    entries = environment_entries()
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"environments: {', '.join(entries) or 'none'}"
+        raise NotFoundError(f"there is no environment {name!r}", hint=hint)
     try:
-        factory: EnvironmentFactory = entry.load()
+        factory: EnvironmentFactory = entries[name].load()
     except CrucibleError:
         raise
     except Exception as error:
-        raise AdapterError(f"the environment {entry.name!r} cannot be imported: {error}") from error
+        raise AdapterError(f"the environment {name!r} cannot be imported: {error}") from error
     return factory

@@ -58,7 +58,7 @@ class TaskEnvironments:
     Args:
         name: of the task.
         task: must be empty: the name says it all.
-        difficulty: see the task.
+        difficulty: see the task. The least by default, which the built-in model learns in a minute.
         size: so many problems; 0 for the task's own default.
         split: ``train``, ``validation`` or ``test``.
 
@@ -68,7 +68,7 @@ class TaskEnvironments:
 
     space = None
 
-    def __init__(self, name: str, task: str, *, difficulty: str = "2", size: str = "0", split: str = "train") -> None:
+    def __init__(self, name: str, task: str, *, difficulty: str = "1", size: str = "0", split: str = "train") -> None:
         if task:
             raise ConfigError(f"the environment {name!r} has no tasks", hint=f"write env={name}")
         if not str(size).isdecimal():

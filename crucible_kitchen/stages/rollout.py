@@ -14,7 +14,7 @@ from pydantic import Field
 from crucible_kitchen.config import CheckpointConfig, ModelConfig, RunConfig
 from crucible_kitchen.errors import CapabilityError, ConfigError, EmptyDataset
 from crucible_kitchen.events import EnvGroupBuilt, GroupDropped, PolicyEvaluated, RolloutComplete
-from crucible_kitchen.ports import EnvironmentSource, TrainingClient, TrainingSession
+from crucible_kitchen.ports import BlobStore, EnvironmentSource, ModelRegistry, TrainingClient, TrainingSession
 from crucible_kitchen.rl.config import LearnerConfig, RolloutConfig
 from crucible_kitchen.rl.environments import open_environment
 from crucible_kitchen.rl.pipeline import Batch, PipelinePlan, Rollouts
@@ -22,7 +22,7 @@ from crucible_kitchen.rl.policy import PublishedPolicy
 from crucible_kitchen.rl.rollout import FATAL, Roller, RolloutRules
 from crucible_kitchen.rl.staleness import problem_order
 from crucible_kitchen.rl.trajectories import Ticket, TrajectoryGroup
-from crucible_kitchen.stages.training import session_spec
+from crucible_kitchen.stages.training import local_model, session_spec
 from crucible_kitchen.types import MlpSpec, StepResult
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
@@ -84,11 +84,20 @@ class EnvironmentPool:
 
 @stage(writes="session", name="init_session")
 async def init_policy_session(
-    training_client: TrainingClient, config: ReinforcementPartsConfig, run: Run
+    training_client: TrainingClient,
+    config: ReinforcementPartsConfig,
+    run: Run,
+    model_registry: ModelRegistry | None = None,
+    blob_store: BlobStore | None = None,
 ) -> AsyncIterator[TrainingSession]:
     """Open a training session on the policy, with a value head or a frozen reference where the method needs one."""
-    spec = await session_spec(config, run)
-    spec = replace(spec, value_head=config.advantage == "gae", reference=config.kl_coef > 0)
+    model = await local_model(config.model, run.directory / "model", model_registry, blob_store)
+    spec = replace(
+        await session_spec(config, run),
+        model=model,
+        value_head=config.advantage == "gae",
+        reference=config.kl_coef > 0,
+    )
     source = open_environment(config.env, config.env_options)
     try:
         space = await run_sync(lambda: source.space)
@@ -281,6 +290,7 @@ async def log_rollouts(rollouts: Batch[TrajectoryGroup], run: Run) -> dict[str, 
             **measured,
             rollout_index=rollouts.update,
             groups=[group.ticket.index for group in groups],
+            seconds=[round(group.seconds, 6) for group in groups],
             outcomes=outcomes,
             metrics=metrics,
         )

@@ -16,7 +16,7 @@ from crucible_kitchen.errors import CapabilityError, NonFiniteLoss
 from crucible_kitchen.events import TrainingCheckpoint, TrainingEpoch, TrainingStep
 from crucible_kitchen.learner.hyperparams import recommended_learning_rate
 from crucible_kitchen.learner.schedules import learning_rate, warmup_steps
-from crucible_kitchen.ports import BlobStore, TrainingClient, TrainingSession
+from crucible_kitchen.ports import BlobStore, ModelRegistry, TrainingClient, TrainingSession
 from crucible_kitchen.stages.data import Batch, EpochBatches, TrainingData, TrainingPlan
 from crucible_kitchen.types import (
     BlobRef,
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint_due",
     "epochs",
     "init_session",
+    "local_model",
     "log_epoch",
     "log_step",
     "save_checkpoint",
@@ -76,6 +77,26 @@ async def session_spec(config: ModelConfig, run: Run) -> SessionSpec:
         run_id=run.id,
         chat_template=await run_sync(_template, config.chat_template),
     )
+
+
+async def local_model(
+    model: str, into: Path, model_registry: ModelRegistry | None, blob_store: BlobStore | None
+) -> str:
+    """Return a name that a training client knows; the weights of a registered version, ``name:version``, are fetched.
+
+    Args:
+        model: as the config has it.
+        into: where the weights go, unless an earlier attempt of the run has put them there.
+        model_registry: knows the version; without one the name is left as it is.
+        blob_store: has the weights.
+    """
+    name, colon, version = model.rpartition(":")
+    if not colon or model_registry is None or blob_store is None or "/" in version or "\\" in version:
+        return model
+    found = await model_registry.get(name, int(version) if version.isdecimal() else version)
+    if not await run_sync(into.exists):
+        await blob_store.get_tree(found.uri, into)
+    return str(into)
 
 
 def _template(value: str | None) -> str | None:
