@@ -119,7 +119,7 @@ async def _sampled(
     params = SamplingParams(
         max_tokens=config.sample_max_tokens,
         temperature=config.sample_temperature,
-        mode="deterministic" if session.capabilities.reproducible else "fast",
+        mode=config.sampling,
     )
 
     async def ask(place: int, row: int) -> None:

@@ -49,6 +49,7 @@ PROMPTS_AT_ONCE = 64  # prompts that a teacher is asked concurrently
 
 
 _OWN_KEYS: Mapping[str, tuple[str, ...]] = {
+    "sampling": ("on_policy", "gjsd"),
     "top_k": ("top_k",),
     "top_k_rest": ("top_k",),
     "discount": ("on_policy",),
@@ -75,6 +76,10 @@ class MethodConfig(TeacherConfig):
 
     sample_temperature: float = Field(default=1.0, gt=0)
     """Temperature of the samples."""
+
+    sampling: Literal["fast", "deterministic"] = "fast"
+    """``deterministic``: the student's samples are the same bits whatever else runs; ``fast`` merges requests as it
+    likes, so that a near-tie may fall the other way."""
 
     top_k: int = Field(default=16, ge=1)
     """How many of the teacher's likeliest tokens the student is shown."""

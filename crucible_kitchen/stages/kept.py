@@ -32,26 +32,27 @@ async def kept(
         make: computes the arrays.
     """
     note = run.directory / f"{kind}-{key[:16]}.json"
-    uri = await run_sync(_address, note, key)
-    if uri is not None and await blob_store.exists(uri):
-        return await run_sync(_unpacked, await blob_store.get(uri))
-    arrays = await make()
-    blob = await blob_store.put(await run_sync(_packed, arrays), kind=kind, name=f"{kind} {key[:16]}")
-    await run_sync(_remember, note, key, blob)
+    blob = await run_sync(_noted, note, key)
+    if blob is not None and await blob_store.exists(blob.uri):
+        arrays: Sequence[Array] = await run_sync(_unpacked, await blob_store.get(blob.uri))
+    else:
+        arrays = await make()
+        blob = await blob_store.put(await run_sync(_packed, arrays), kind=kind, name=f"{kind} {key[:16]}")
+        await run_sync(_note_down, note, key, blob)
     run.add_artifact(blob)
     return arrays
 
 
-def _address(note: Path, key: str) -> str | None:
+def _noted(note: Path, key: str) -> BlobRef | None:
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # a note that is torn is one that was not written
         return None
-    return str(found["uri"]) if found.get("key") == key else None
+    return BlobRef(**found["blob"]) if found.get("key") == key else None
 
 
-def _remember(note: Path, key: str, blob: BlobRef) -> None:
-    note.write_text(json.dumps({"key": key, **asdict(blob)}), encoding="utf-8")
+def _note_down(note: Path, key: str, blob: BlobRef) -> None:
+    note.write_text(json.dumps({"key": key, "blob": asdict(blob)}), encoding="utf-8")
 
 
 def _packed(arrays: Sequence[Array]) -> bytes:
