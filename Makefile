@@ -55,6 +55,7 @@ peers: $(DEV)
 	.peers/tinker-sdk/bin/python -m pip install -qq --disable-pip-version-check --no-compile tinker==0.23.4
 	$(BIN)/pytest -m peers --durations=5
 	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python benchmarks/bench_preference.py
 
 clean:
 	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
