@@ -108,6 +108,7 @@ class WorkflowStop(Event):
     status: str
     duration_s: float
     error: Mapping[str, Any] | None = None
+    traceback: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ class StageStop(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageErrored(Event):
-    """An attempt of a stage failed; ``action`` says what follows: ``retry``, ``skip`` or ``halt``."""
+    """An attempt of a stage failed; ``action``: what follows, ``retry``, ``skip`` or ``halt``; ``traceback``: where."""
 
     name: ClassVar[str] = "stage.error"
     measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
@@ -161,6 +162,7 @@ class StageErrored(Event):
     message: str
     action: str
     duration_s: float = 0.0
+    traceback: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +174,7 @@ class StallDetected(Event):
     stalled_s: float
     culprit: str
     policy: str
-    waits: Sequence[Mapping[str, Any]] = ()
+    waits: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

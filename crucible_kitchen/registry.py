@@ -12,8 +12,11 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from crucible_kitchen.errors import AdapterError, CrucibleError, NotFoundError, WorkflowError
 from crucible_kitchen.ports import PORTS
+from crucible_kitchen.redaction import remember_secret, without_values
 from crucible_kitchen.workflow.nodes import Workflow
 from crucible_kitchen.workflow.recipe import Recipe
 
@@ -95,12 +98,16 @@ class Registry:
         arguments = dict(options)
         if "home" in parameters:
             arguments.setdefault("home", home)
+        for value in arguments.values():
+            if isinstance(value, SecretStr):
+                remember_secret(value)
         try:
             return cls(**arguments)
         except CrucibleError:
             raise
         except (TypeError, ValueError) as error:
-            raise AdapterError(f"the adapter {port}.{name} cannot be built from its options: {error}") from error
+            text = without_values(str(error))
+            raise AdapterError(f"the adapter {port}.{name} cannot be built from its options: {text}") from error
 
     def target(self, name: str) -> Workflow | Recipe:
         """Return a workflow or recipe by name.

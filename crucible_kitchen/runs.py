@@ -17,10 +17,12 @@ from pydantic import BaseModel
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import CrucibleError, RunCancelled, StageFailed
 from crucible_kitchen.events import EventRecord, WorkflowStart, WorkflowStop
+from crucible_kitchen.redaction import redacted
 from crucible_kitchen.store import FinalStatus, RunStore
 from crucible_kitchen.telemetry import EventLog
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.workflow.engine import execute
+from crucible_kitchen.workflow.failures import says, trace
 from crucible_kitchen.workflow.nodes import Workflow
 from crucible_kitchen.workflow.run import RunContext, StateView
 
@@ -165,7 +167,8 @@ class RunHandle:
         """Write the last event and the run's row, durably."""
         context = self._context
         error = error_json(failure) if failure is not None and status == "failed" else None
-        context.emit(WorkflowStop(recipe=context.recipe, status=status, duration_s=took, error=error))
+        where = trace(failure) if failure is not None and status == "failed" else []
+        context.emit(WorkflowStop(recipe=context.recipe, status=status, duration_s=took, error=error, traceback=where))
         await self._log.sync()
         for artifact in context.artifacts:
             await store.put_artifact(context.id, artifact)
@@ -176,8 +179,9 @@ class RunHandle:
 def error_json(error: BaseException) -> JsonObject:
     """Return an error as the store and the events keep it."""
     if isinstance(error, CrucibleError):
-        return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
-    return {"code": StageFailed.code, "message": f"{type(error).__name__}: {error}", "where": None, "hint": None}
+        message, hint = redacted(error.message), redacted(error.hint) if error.hint else None
+        return {"code": error.code, "message": message, "where": error.where, "hint": hint}
+    return {"code": StageFailed.code, "message": says(error), "where": None, "hint": None}
 
 
 def artifact_json(artifact: BlobRef) -> JsonObject:

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from crucible_kitchen.errors import BackendError, CapabilityError
 from crucible_kitchen.ports import Tokenizer
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
+from crucible_kitchen.redaction import remember_secret
 from crucible_kitchen.types import JsonObject, SessionInfo, SessionSpec
 from crucible_kitchen.workers import Submissions, run_sync
 from crucible_kitchen_http.endpoint import Endpoint, EndpointOptions
@@ -209,6 +210,7 @@ def _options(
     base_url: str, api_key: SecretStr | str | None, timeout: float, patience: float, max_concurrency: int
 ) -> EndpointOptions:
     key = SecretStr(api_key) if isinstance(api_key, str) else api_key
+    remember_secret(key)
     return EndpointOptions(base_url.rstrip("/"), key or None, float(timeout), float(patience), int(max_concurrency))
 
 

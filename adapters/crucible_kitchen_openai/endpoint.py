@@ -23,6 +23,7 @@ from crucible_kitchen.errors import (
     SessionLost,
     TransientBackendError,
 )
+from crucible_kitchen.redaction import remember_secret
 from crucible_kitchen.types import JsonObject
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class EndpointOptions:
     ) -> "EndpointOptions":
         """Build options from what a command line may give: texts for numbers, a text for the key."""
         key = SecretStr(api_key) if isinstance(api_key, str) else api_key
+        remember_secret(key)
         numbers = float(timeout), int(max_concurrency), int(retries), float(max_delay)
         return cls(base_url.rstrip("/"), key or None, *numbers)
 

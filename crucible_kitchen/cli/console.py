@@ -17,6 +17,7 @@ import typer
 
 from crucible_kitchen.cli.options import DebugOption
 from crucible_kitchen.errors import AdapterError, ConfigError, CrucibleError, NotFoundError, WorkflowError
+from crucible_kitchen.redaction import redacted, without_values
 
 __all__ = [
     "BAD_USAGE",
@@ -119,7 +120,8 @@ def _in_words(value: Any) -> str:
 
 def error_facts(error: CrucibleError) -> dict[str, Any]:
     """Return an error as the store and ``--json`` hold it."""
-    return {"code": error.code, "message": error.message, "where": error.where, "hint": error.hint}
+    hint = redacted(error.hint) if error.hint else None
+    return {"code": error.code, "message": redacted(error.message), "where": error.where, "hint": hint}
 
 
 def error_lines(facts: Mapping[str, Any], problems: Sequence[str] = ()) -> list[str]:
@@ -147,7 +149,7 @@ def failure_json(facts: Mapping[str, Any], *, run_id: str | None = None, status:
 def report(error: CrucibleError, *, debug: bool) -> None:
     """Tell people of an error; with ``debug`` also where it was raised."""
     if debug:
-        say("".join(traceback.format_exception(error)).rstrip())
+        say(redacted("".join(traceback.format_exception(error)).rstrip()))
     for line in error_lines(error_facts(error), getattr(error, "problems", ())):
         say(line)
 
@@ -192,7 +194,10 @@ def known_error(error: BaseException) -> CrucibleError:
         error = error.exceptions[0]
     if isinstance(error, CrucibleError):
         return error
-    told = CrucibleError(f"{type(error).__name__}: {error}", hint="run it again with --debug to see where it happened")
+    told = CrucibleError(
+        f"{type(error).__name__}: {without_values(str(error))}",
+        hint="run it again with --debug to see where it happened",
+    )
     told.__cause__ = error
     return told
 

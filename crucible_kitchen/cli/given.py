@@ -127,6 +127,7 @@ def _option_types(adapter: Any) -> dict[str, Any]:
 def _adapter_option(adapter: str, types: Mapping[str, Any], key: str, text: str) -> tuple[str, Any]:
     """Return an adapter's option as the type that its constructor declares."""
     from pydantic import PydanticSchemaGenerationError, SecretStr, TypeAdapter, ValidationError
+    from pydantic_core import SchemaError
 
     value: Any = text
     if text.startswith("env:"):
@@ -144,7 +145,7 @@ def _adapter_option(adapter: str, types: Mapping[str, Any], key: str, text: str)
         raise AdapterError(f"the option {key!r} of {adapter} takes no secret", hint="write its value without env:")
     try:
         return key, TypeAdapter(types[key], config={"arbitrary_types_allowed": True}).validate_python(value)
-    except PydanticSchemaGenerationError:
+    except (PydanticSchemaGenerationError, SchemaError):  # a type that only the adapter itself can judge
         return key, value
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]

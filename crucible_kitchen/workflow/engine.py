@@ -21,13 +21,14 @@ from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import CleanupError, CrucibleError, RunPaused, StageTimeout
 from crucible_kitchen.events import StageErrored, StageStart, StageStop, WarningRaised
 from crucible_kitchen.ports import TrainingCapabilities
+from crucible_kitchen.redaction import redacted
 from crucible_kitchen.types import Json
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.branches import Branches
 from crucible_kitchen.workflow.checkpoints import Checkpoints
 from crucible_kitchen.workflow.clock import loop_clock, scope_class
 from crucible_kitchen.workflow.conditions import nested_config
-from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel
+from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel, trace
 from crucible_kitchen.workflow.forward import static
 from crucible_kitchen.workflow.frame import (
     Block,
@@ -338,9 +339,10 @@ class _Engine:
             path=path,
             attempt=attempt,
             code=error.code,
-            message=error.message,
+            message=redacted(error.message),
             action=action,
             duration_s=self._now() - began,
+            traceback=trace(error),
         )
         try:
             self._context.emit(event)

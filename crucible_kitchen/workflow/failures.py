@@ -4,21 +4,46 @@ Pure functions over exceptions; it knows no stage and no run. Read next: ``cruci
 """
 
 from collections.abc import Sequence
+from traceback import walk_tb
 
 import anyio
 
 from crucible_kitchen.errors import CrucibleError, StageFailed
+from crucible_kitchen.redaction import without_values
 
-__all__ = ["as_ours", "cause_of", "first_of", "note", "reacts_to_cancel", "says"]
+__all__ = ["as_ours", "cause_of", "first_of", "note", "reacts_to_cancel", "says", "trace"]
 
 _SHOWN = 300
+_CAUSES = 6
+_FRAMES = 12
+"""How much of a traceback is kept: errors in the chain of causes, frames of each."""
 
 
 def says(error: BaseException) -> str:
-    """Return an error as one short line: its type and the beginning of its message."""
-    text = str(error)
+    """Return an error as one short line: its type and the beginning of its message, without values that it quotes."""
+    text = str(error) if isinstance(error, CrucibleError) else without_values(str(error))
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+def trace(error: BaseException) -> list[str]:
+    """Return where an error was raised, and where its causes were: types and places, no message and no value.
+
+    Each error is a line with its type, followed by its innermost frames as ``  module:function:line``; causes follow.
+    """
+    lines: list[str] = []
+    at: BaseException | None = error
+    for _ in range(_CAUSES):
+        if at is None:
+            break
+        at = first_of(at)
+        frames = [
+            f"  {frame.f_globals.get('__name__', '?')}:{frame.f_code.co_qualname}:{line}"
+            for frame, line in walk_tb(at.__traceback__)
+        ]
+        lines += [type(at).__name__, *frames[-_FRAMES:]]
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return lines
 
 
 def as_ours(error: BaseException, path: str) -> CrucibleError:

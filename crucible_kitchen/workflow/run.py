@@ -20,6 +20,7 @@ from crucible_kitchen.events import (
     WarningRaised,
     WorkflowStop,
 )
+from crucible_kitchen.redaction import redacted
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.waits import Waits
 from crucible_kitchen.workflow.memory import Keep, Made, Memory
@@ -190,7 +191,7 @@ class Run:
 
     def warn(self, code: str, message: str) -> None:
         """Tell people something that does not stop the run."""
-        self.context.emit(WarningRaised(code=code, message=message, path=self.path))
+        self.context.emit(WarningRaised(code=code, message=redacted(message), path=self.path))
 
     def add_artifact(self, artifact: BlobRef) -> None:
         """List an artifact among the run's results."""
