@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from crucible_kitchen.store import MemoryRunStore, RunStore, SqliteRunStore
-
-KINDS = ["sqlite-asyncio", "sqlite-trio", "memory-asyncio", "memory-trio-virtual-time"]
+from crucible_kitchen.testing.stores import FaultyStore
 
 
 class Clock:
@@ -46,4 +45,6 @@ def make(kind: str, tmp_path: Path, clock: Clock) -> Callable[[], RunStore]:
     if kind.startswith("sqlite"):
         return lambda: SqliteRunStore(tmp_path / "deep" / "er" / "runs.db", clock=clock)
     first = MemoryRunStore(clock=clock)
+    if kind.startswith("faultless"):
+        return lambda: FaultyStore(MemoryRunStore(clock=clock, beside=first))
     return lambda: MemoryRunStore(clock=clock, beside=first)

@@ -15,7 +15,9 @@ from crucible_kitchen.types import BlobRef
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["sqlite-asyncio", "sqlite-trio", "memory-asyncio", "memory-trio-virtual-time"])
+@pytest.fixture(
+    params=["sqlite-asyncio", "sqlite-trio", "memory-asyncio", "memory-trio-virtual-time", "faultless-asyncio"]
+)
 def kind(request: Any) -> str:
     return str(request.param)
 
