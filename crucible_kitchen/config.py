@@ -191,10 +191,19 @@ class OptimConfig(AdamConfig):
 
 
 class CheckpointConfig(RunConfig):
-    """When training states are saved."""
+    """When checkpoints are taken, and which are kept."""
 
-    save_every: int = Field(default=0, ge=0)
-    """Save the training state every so many optimizer steps; 0: only where something else asks for it."""
+    save_every: int = Field(default=100, ge=0)
+    """Take a checkpoint every so many optimizer steps, and when training is done; 0: only when the run is paused."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """So many newest checkpoints are kept."""
+
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of so many steps are kept besides; 0: none for that reason."""
+
+    keep_best: int = Field(default=0, ge=0)
+    """So many checkpoints with the best accuracy are kept besides; only those that were evaluated have one."""
 
 
 class HeldOutConfig(RunConfig):

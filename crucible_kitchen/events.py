@@ -91,11 +91,12 @@ class EventRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowStart(Event):
-    """A run's attempt began."""
+    """A run's attempt began; ``attempt`` counts from 1."""
 
     name: ClassVar[str] = "workflow.start"
     recipe: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,44 +7,30 @@ Values flow one way through it: config, kitchen, workflow, stage, port, adapter,
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import anyio
 import anyio.abc
 
-from crucible_kitchen.config import RunConfig, build_config
-from crucible_kitchen.errors import AdapterError, StorageFull
-from crucible_kitchen.manifest import build_manifest
-from crucible_kitchen.ports import PORTS
+from crucible_kitchen.config import RunConfig
+from crucible_kitchen.errors import RunChanged, StorageFull, StoreError
+from crucible_kitchen.history import History
+from crucible_kitchen.manifest import differences
+from crucible_kitchen.plans import DEFAULT_ADAPTERS, AdapterChoice, Plan, Planner, Target, chosen_before
 from crucible_kitchen.registry import Registry
 from crucible_kitchen.runs import RunHandle, RunResult
-from crucible_kitchen.store import RunRecord, RunStore, SqliteRunStore
+from crucible_kitchen.store import Lease, RunRecord, RunStore, SqliteRunStore
 from crucible_kitchen.telemetry import EventLog, MetricsServer, PrometheusSink, RunInfo, Sink, pump, serve_metrics
 from crucible_kitchen.workers import run_sync
-from crucible_kitchen.workflow.check import check, ports_of
-from crucible_kitchen.workflow.nodes import Workflow
-from crucible_kitchen.workflow.recipe import Recipe
 from crucible_kitchen.workflow.run import RunContext, StateView
 
 __all__ = ["AdapterChoice", "Kitchen", "run"]
-
-AdapterChoice: TypeAlias = Any
-"""A registered name, a pair of name and options, an instance, or None for none."""
-
-DEFAULT_ADAPTERS: Mapping[str, str] = {
-    "training_client": "torch",
-    "dataset_store": "files",
-    "evaluator": "metrics",
-    "model_registry": "sqlite",
-    "blob_store": "files",
-    "llm_client": "noop",
-}
 
 
 def default_home() -> Path:
@@ -130,6 +116,7 @@ class Kitchen:
             await run_sync(_make_directory, self._home)
             self._store = self._given_store or SqliteRunStore(self._home / "runs.db")
             await stack.enter_async_context(self._store)
+            await self._store.reconcile()  # what a process that is gone left running is called crashed
             stack.push_async_callback(self._close_parts)
             self._open_sinks = list(self._sinks)
             if self._metrics_port is not None:
@@ -162,7 +149,7 @@ class Kitchen:
 
     async def run(
         self,
-        target: str | Workflow | Recipe,
+        target: Target,
         config: Mapping[str, Any] | RunConfig | None = None,
         *,
         adapters: Mapping[str, AdapterChoice] | None = None,
@@ -189,21 +176,33 @@ class Kitchen:
 
     async def _run(
         self,
-        target: str | Workflow | Recipe,
+        target: Target,
         config: Mapping[str, Any] | RunConfig | None,
         adapters: Mapping[str, AdapterChoice] | None,
     ) -> RunResult:
-        handle = await self.start(target, config, adapters=adapters)
-        try:
-            return await handle.wait()
-        except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                await handle.cancel()
-            raise
+        return await _to_its_end(await self.start(target, config, adapters=adapters))
+
+    async def resume(
+        self,
+        run_id: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        target: Target | None = None,
+        adapters: Mapping[str, AdapterChoice] | None = None,
+        allow_changed: Collection[str] = (),
+    ) -> RunResult:
+        """Go on with a run that failed, crashed, was cancelled or paused, to its end; see :meth:`reopen`."""
+        if self._stack is None:
+            async with self:
+                again = await self.reopen(run_id, config, target=target, adapters=adapters, allow_changed=allow_changed)
+                return await _to_its_end(again)
+        return await _to_its_end(
+            await self.reopen(run_id, config, target=target, adapters=adapters, allow_changed=allow_changed)
+        )
 
     def check(
         self,
-        target: str | Workflow | Recipe,
+        target: Target,
         config: Mapping[str, Any] | RunConfig | None = None,
         *,
         adapters: Mapping[str, AdapterChoice] | None = None,
@@ -213,110 +212,123 @@ class Kitchen:
         Raises:
             ConfigError, WorkflowError, AdapterError: what is wrong, all of it.
         """
-        recipe, workflow, settings = self._resolve(target, config)
-        chosen, _ = self._adapters(target, workflow, adapters, {})
-        check(workflow, adapters=chosen, config=settings)
-        manifest = build_manifest(workflow, recipe, settings, chosen)
-        return RunResult("", "validated", StateView({}), {}, (), manifest, 0.0)
+        plan = self._planner({}).plan(target, config, adapters)
+        return RunResult("", "validated", StateView({}), {}, (), plan.manifest, 0.0)
+
+    def _planner(self, shared: dict[str, Any]) -> Planner:
+        return Planner(self.registry, self._choices, self._home, shared)
+
+    def _open(self) -> None:
+        if self._stack is None:
+            raise RuntimeError("open the kitchen first: `async with Kitchen() as kitchen:`")
 
     async def start(
         self,
-        target: str | Workflow | Recipe,
+        target: Target,
         config: Mapping[str, Any] | RunConfig | None = None,
         *,
         adapters: Mapping[str, AdapterChoice] | None = None,
+        place: str | None = None,
     ) -> RunHandle:
         """Start a run and return its handle; the kitchen must be open (``async with``).
+
+        Args:
+            target: the name of a workflow or recipe, or one itself.
+            config: its config, as values by key or built already.
+            adapters: for this run only, over the kitchen's.
+            place: where the target can be found again, if not by its name: ``file.py:attribute``.
 
         Raises:
             ConfigError, WorkflowError, AdapterError: before anything ran.
         """
-        if self._stack is None:
-            raise RuntimeError("open the kitchen first: `async with Kitchen() as kitchen:`")
-        recipe, workflow, settings = self._resolve(target, config)
-        chosen, own = self._adapters(target, workflow, adapters, self._built)
-        check(workflow, adapters=chosen, config=settings)
+        self._open()
+        plan = self._planner(self._built).plan(target, config, adapters, place)
+        run_id = new_run_id()
+        directory = self._home / "runs" / run_id
+        await run_sync(_make_directory, directory)
+        manifest = plan.manifest
+        record = RunRecord(
+            run_id=run_id,
+            workflow=plan.recipe,
+            config=manifest["config"],
+            config_hash=manifest["config_hash"],
+            created_at=time.time(),
+        )
+        lease = await self.store.create_run(record)
+        await self.store.put_manifest(run_id, manifest)
+        log = EventLog(run_id, self.store)
+        context = RunContext(run_id, plan.recipe, plan.config.seed, directory, log, manifest)
+        context.memory = History(lease, self.store, log)
+        return self._go(plan, context, log, lease)
+
+    async def reopen(
+        self,
+        run_id: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        target: Target | None = None,
+        adapters: Mapping[str, AdapterChoice] | None = None,
+        allow_changed: Collection[str] = (),
+    ) -> RunHandle:
+        """Begin the next attempt of a run and return its handle; the kitchen must be open (``async with``).
+
+        What is recorded is not run again; sessions return to their newest checkpoint.
+
+        Args:
+            run_id: the run's id, or the beginning of it.
+            config: values that are to differ from those the run began with; each must be allowed.
+            target: the workflow or recipe, where it cannot be found by its name.
+            adapters: as for :meth:`start`; unset: those the run began with.
+            allow_changed: what may differ: config keys, ``dataset``, ``workflow``, ``code``, packages, ports.
+
+        Raises:
+            RunNotFound, RunLive, RunEnded: it cannot go on.
+            RunChanged: it would not be the same run, and nobody allowed that.
+        """
+        self._open()
+        record = await self.store.run(run_id)
+        manifest = await self.store.manifest(record.run_id)
+        if manifest is None:
+            raise StoreError(
+                f"the run {record.run_id} has no manifest, so it cannot be resumed", hint="start a new run"
+            )
+        values = {**manifest["config"], **(config or {})}
+        choices = {**chosen_before(manifest), **(adapters or {})}
+        plan = self._planner(self._built).plan(target or manifest["target"], values, choices, manifest["target"])
+        changed = differences(manifest, plan.manifest)
+        if refused := {name: pair for name, pair in changed.items() if name not in allow_changed}:
+            raise RunChanged(record.run_id, refused)
+        directory = self._home / "runs" / record.run_id
+        await run_sync(_make_directory, directory)
+        lease = await self.store.open_attempt(record.run_id)
+        log = EventLog(record.run_id, self.store, start=lease.seq)
+        context = RunContext(record.run_id, plan.recipe, plan.config.seed, directory, log, plan.manifest)
+        context.memory = await History.found(lease, self.store, log)
+        context.allowed = frozenset({*allow_changed, *manifest.get("changed", ())})
+        context.manifest["changed"] = sorted(context.allowed)
+        await self.store.put_manifest(record.run_id, context.manifest)
+        return self._go(plan, context, log, lease)
+
+    def _go(self, plan: Plan, context: RunContext, log: EventLog, lease: Lease) -> RunHandle:
         closing = AsyncExitStack()
-        for adapter in own:
+        for adapter in plan.own:
             closing.push_async_callback(adapter.aclose)
-        context, log = await self._begin(recipe, workflow, settings, chosen)
-        handle = RunHandle(workflow, settings, chosen, context, log)
-        info = RunInfo(context.id, recipe, dict(context.manifest))
+        handle = RunHandle(plan.workflow, plan.config, plan.adapters, context, log, lease)
+        info = RunInfo(context.id, plan.recipe, dict(context.manifest))
         for sink in self._open_sinks:
             self._group.start_soon(pump, sink, info, log)
         self._group.start_soon(handle.attempt, self.store, closing)
         return handle
 
-    # -- composition ----------------------------------------------------------------------------------------------
 
-    def _resolve(
-        self, target: str | Workflow | Recipe, config: Mapping[str, Any] | RunConfig | None
-    ) -> tuple[str, Workflow, RunConfig]:
-        """Return the name, the workflow and the config of a run."""
-        found = self.registry.target(target) if isinstance(target, str) else target
-        workflow = found.workflow if isinstance(found, Recipe) else found
-        if isinstance(config, RunConfig):
-            return found.name, workflow, config
-        values = dict(config or {})
-        settings = found.config(values) if isinstance(found, Recipe) else build_config(workflow.config, values)
-        return found.name, workflow, settings
-
-    def _adapters(
-        self,
-        target: str | Workflow | Recipe,
-        workflow: Workflow,
-        overrides: Mapping[str, AdapterChoice] | None,
-        shared: dict[str, Any],
-    ) -> tuple[dict[str, Any], list[Any]]:
-        """Return the adapters that a workflow reads, by port, and those among them that belong to this run alone."""
-        found = self.registry.target(target) if isinstance(target, str) else target
-        wanted = dict(found.adapters) if isinstance(found, Recipe) else {}
-        overrides = {**wanted, **(overrides or {})}
-        for port in (*overrides, *self._choices):
-            if port not in PORTS:
-                raise AdapterError(f"there is no port {port!r}", hint=f"ports: {', '.join(PORTS)}")
-        chosen: dict[str, Any] = {}
-        own: list[Any] = []
-        for port in ports_of(workflow):
-            if port in overrides:
-                chosen[port] = self._build(port, overrides[port])
-                if isinstance(overrides[port], (str, tuple)):
-                    own.append(chosen[port])
-            elif port in self._choices:
-                if port not in shared:
-                    adapter = self._build(port, self._choices[port])
-                    if isinstance(self._choices[port], (str, tuple)):
-                        shared[port] = adapter
-                chosen[port] = shared.get(port, None if self._choices[port] is None else self._choices[port])
-        return chosen, own
-
-    def _build(self, port: str, choice: AdapterChoice) -> Any:
-        if isinstance(choice, str):
-            return self.registry.build_adapter(port, choice, {}, self._home)
-        if isinstance(choice, tuple):
-            name, options = choice
-            return self.registry.build_adapter(port, name, options, self._home)
-        return choice
-
-    async def _begin(
-        self, recipe: str, workflow: Workflow, config: RunConfig, adapters: Mapping[str, Any]
-    ) -> tuple[RunContext, EventLog]:
-        """Write a run's first records and return what its stages share."""
-        run_id = new_run_id()
-        manifest = build_manifest(workflow, recipe, config, adapters)
-        directory = self._home / "runs" / run_id
-        await run_sync(_make_directory, directory)
-        record = RunRecord(
-            run_id=run_id,
-            workflow=recipe,
-            config=manifest["config"],
-            config_hash=manifest["config_hash"],
-            created_at=time.time(),
-        )
-        await self.store.create_run(record)
-        await self.store.put_manifest(run_id, manifest)
-        log = EventLog(run_id, self.store)
-        return RunContext(run_id, recipe, config.seed, directory, log, manifest), log
+async def _to_its_end(handle: RunHandle) -> RunResult:
+    """Wait for a run; a caller that is cancelled takes it along."""
+    try:
+        return await handle.wait()
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            await handle.cancel()
+        raise
 
 
 def new_run_id() -> str:
@@ -334,7 +346,7 @@ def _make_directory(path: Path) -> None:
 
 
 def run(
-    target: str | Workflow | Recipe,
+    target: Target,
     config: Mapping[str, Any] | RunConfig | None = None,
     *,
     adapters: Mapping[str, AdapterChoice] | None = None,

@@ -7,24 +7,24 @@ the store agree, and are durable before ``wait`` returns. Read next: ``crucible_
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import anyio
 import anyio.abc
-from pydantic import BaseModel
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CrucibleError, RunCancelled, StageFailed
+from crucible_kitchen.errors import CrucibleError, RunCancelled, RunPaused, StageFailed
 from crucible_kitchen.events import EventRecord, WorkflowStart, WorkflowStop
 from crucible_kitchen.redaction import redacted
-from crucible_kitchen.store import FinalStatus, RunStore
+from crucible_kitchen.store import TTL, FinalStatus, Lease, RunStore
 from crucible_kitchen.telemetry import EventLog
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.workflow.engine import execute
 from crucible_kitchen.workflow.failures import says, trace
 from crucible_kitchen.workflow.nodes import Workflow
 from crucible_kitchen.workflow.run import RunContext, StateView
+from crucible_kitchen.workflow.values import to_json
 
 __all__ = ["RunHandle", "RunResult", "error_json", "json_part"]
 
@@ -67,13 +67,20 @@ class RunHandle:
     """A started run: watch it, cancel it, wait for it. Made by ``Kitchen.start``."""
 
     def __init__(
-        self, workflow: Workflow, config: RunConfig, adapters: Mapping[str, Any], context: RunContext, log: EventLog
+        self,
+        workflow: Workflow,
+        config: RunConfig,
+        adapters: Mapping[str, Any],
+        context: RunContext,
+        log: EventLog,
+        lease: Lease,
     ) -> None:
         self._workflow = workflow
         self._config = config
         self._adapters = adapters
         self._context = context
         self._log = log
+        self._lease = lease
         self._scope = anyio.CancelScope()
         self._done = anyio.Event()
         self._result: RunResult | None = None
@@ -90,8 +97,11 @@ class RunHandle:
         """What is run, on what."""
         return self._context.manifest
 
-    def events(self, after: int = 0) -> AsyncIterator[EventRecord]:
-        """Iterate over the run's events after a place in its log, in order, without gaps, until the terminal one."""
+    def events(self, after: int | None = None) -> AsyncIterator[EventRecord]:
+        """Iterate over the run's events after a place in its log, in order, without gaps, until the terminal one.
+
+        Without a place it begins with this attempt's first; 0 begins with the run's first.
+        """
         return self._log.events(after)
 
     async def cancel(self) -> None:
@@ -99,12 +109,26 @@ class RunHandle:
         self._scope.cancel()
         await self._done.wait()
 
+    async def drain(self, grace: float | None = None) -> None:
+        """Stop the run at a checkpoint, to be resumed later: it ends ``paused``, or completed if it was about to.
+
+        Args:
+            grace: seconds until it is cancelled instead, which loses what came after its last checkpoint; unset: the
+                config's.
+        """
+        self._context.draining = True
+        with anyio.move_on_after(self._config.grace if grace is None else grace):
+            await self._done.wait()
+            return
+        await self.cancel()
+
     async def wait(self) -> RunResult:
         """Return the result once the run has ended.
 
         Raises:
             CrucibleError: the failure that ended it, with the stage's path.
             RunCancelled: it was cancelled.
+            RunPaused: it was drained.
         """
         await self._done.wait()
         if self._error is not None:
@@ -122,9 +146,10 @@ class RunHandle:
         state: dict[str, Any] = {}
         failure: BaseException | None = None
         try:
-            context.emit(WorkflowStart(recipe=context.recipe, config=self._config.model_dump(mode="json")))
+            config = self._config.model_dump(mode="json")
+            context.emit(WorkflowStart(recipe=context.recipe, config=config, attempt=self._lease.epoch))
             with self._scope:
-                state = await execute(self._workflow, self._config, self._adapters, context)
+                state = await self._owned(store)
         except Exception as error:  # noqa: BLE001 - the run's failure, reported by wait()
             failure = error
         except BaseException as error:
@@ -133,6 +158,32 @@ class RunHandle:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._end(store, closing, state, failure, time.monotonic() - began)
+
+    async def _owned(self, store: RunStore) -> dict[str, Any]:
+        """Run the workflow while the lease is renewed; a run that was taken over ends at once."""
+        state: dict[str, Any] = {}
+        failure: Exception | None = None
+
+        async def renew() -> None:
+            nonlocal failure
+            try:
+                while True:
+                    await anyio.sleep(TTL / 3)
+                    self._lease = await store.renew(self._lease)
+            except CrucibleError as error:
+                failure = error
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(renew)
+            try:
+                state = await execute(self._workflow, self._config, self._adapters, self._context)
+            except Exception as error:  # noqa: BLE001 - raised below, outside the group that would wrap it
+                failure = failure or error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return state
 
     async def _end(
         self,
@@ -151,7 +202,7 @@ class RunHandle:
         if self._scope.cancelled_caught or (failure is not None and not isinstance(failure, Exception)):
             status, failure = "cancelled", RunCancelled(f"the run {context.id} was cancelled")
         elif failure is not None:
-            status = "failed"
+            status = "paused" if isinstance(failure, RunPaused) else "failed"
         try:
             await self._record_end(store, state, status, failure, took)
         except CrucibleError as broken:  # the log or the disk: the run cannot be called completed
@@ -194,21 +245,7 @@ def json_part(state: StateView) -> JsonObject:
     found: JsonObject = {}
     for name in state:
         try:
-            found[name] = _json(state[name])
+            found[name] = to_json(state[name])
         except TypeError:
             continue
     return found
-
-
-def _json(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: _json(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {str(key): _json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
-    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -25,7 +25,8 @@ from crucible_kitchen.errors import (
     WorkflowError,
 )
 from crucible_kitchen.events import event_schema
-from crucible_kitchen.kitchen import DEFAULT_ADAPTERS, Kitchen
+from crucible_kitchen.kitchen import Kitchen
+from crucible_kitchen.plans import DEFAULT_ADAPTERS
 from crucible_kitchen.ports import PORTS
 from crucible_kitchen.runs import RunHandle, RunResult
 from crucible_kitchen.workflow.nodes import steps

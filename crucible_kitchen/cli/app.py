@@ -78,6 +78,7 @@ def version(as_json: JsonOption = False) -> None:
 
 for _command in (
     running.run,
+    running.resume,
     running.validate,
     rehearsing.rehearse,
     reading.show,

@@ -80,7 +80,7 @@ def examination(home: Path) -> dict[str, Any]:
 
 def adapter_rows(registry: "Registry") -> list[dict[str, Any]]:
     """Return every adapter: port, name, whether it is a default, whether it can be used, and if not, what to do."""
-    from crucible_kitchen.kitchen import DEFAULT_ADAPTERS
+    from crucible_kitchen.plans import DEFAULT_ADAPTERS
 
     rows = []
     for full in registry.adapters:

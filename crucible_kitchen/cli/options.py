@@ -5,7 +5,20 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["AdapterOption", "ConfigOption", "DebugOption", "HomeOption", "JsonOption", "TargetArgument", "Values"]
+__all__ = [
+    "AdapterOption",
+    "ConfigOption",
+    "DebugOption",
+    "HomeOption",
+    "JsonOption",
+    "JsonlOption",
+    "MetricsHostOption",
+    "MetricsPortOption",
+    "QuietOption",
+    "TargetArgument",
+    "TensorboardOption",
+    "Values",
+]
 
 TargetArgument: TypeAlias = Annotated[
     str,
@@ -44,5 +57,22 @@ JsonOption: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print one JSON value as the last line of standard output.")
 ]
 DebugOption: TypeAlias = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+MetricsPortOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port", metavar="N", min=0, max=65535, help="Serve Prometheus metrics there; 0 takes a free port."
+    ),
+]
+MetricsHostOption: TypeAlias = Annotated[
+    str, typer.Option("--metrics-host", metavar="HOST", help="The interface that metrics are served on.")
+]
+JsonlOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--jsonl", metavar="FILE", help="Append every event to a file.")
+]
+TensorboardOption: TypeAlias = Annotated[
+    Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write curves for TensorBoard.")
+]
+QuietOption: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 
 DEFAULT_HOME = Path(".crucible")

@@ -1,4 +1,4 @@
-"""The commands that run and check: ``run`` and ``validate``.
+"""The commands that run and check: ``run``, ``resume`` and ``validate``.
 
 A run ends with an exit code that agrees with the run store: 0 completed, 1 failed, 2 bad usage or failed validation,
 75 paused, 130 cancelled. Read next: ``crucible_kitchen.kitchen``.
@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import anyio
 import anyio.abc
@@ -39,8 +39,13 @@ from crucible_kitchen.cli.options import (
     ConfigOption,
     DebugOption,
     HomeOption,
+    JsonlOption,
     JsonOption,
+    MetricsHostOption,
+    MetricsPortOption,
+    QuietOption,
     TargetArgument,
+    TensorboardOption,
     Values,
 )
 from crucible_kitchen.cli.summary import run_facts, summary
@@ -51,7 +56,7 @@ if TYPE_CHECKING:
     from crucible_kitchen.runs import RunHandle
     from crucible_kitchen.telemetry import Sink
 
-__all__ = ["run", "validate"]
+__all__ = ["resume", "run", "validate"]
 
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "paused": PAUSED, "cancelled": CANCELLED}
 ONE_SIGNAL_SECONDS = 0.2
@@ -60,13 +65,52 @@ ONE_SIGNAL_SECONDS = 0.2
 RUN_KEYS = ("run_id", "status", "state", "metrics", "artifacts", "duration_s")
 
 
+class Order(Protocol):
+    """What a person asked to have run."""
+
+    async def begin(self, kitchen: "Kitchen") -> "RunHandle":
+        """Begin it in an open kitchen."""
+        ...
+
+
 @dataclass
-class Order:
-    """What a person asked to have run: the arguments of ``Kitchen.start``."""
+class Start:
+    """A new run: the arguments of ``Kitchen.start``."""
 
     target: Any
     config: dict[str, Any]
     adapters: dict[str, Any]
+    place: str
+
+    async def begin(self, kitchen: "Kitchen") -> "RunHandle":
+        """Start it."""
+        return await kitchen.start(self.target, self.config, adapters=self.adapters, place=self.place)
+
+
+@dataclass
+class Again:
+    """Another attempt of a run: the arguments of ``Kitchen.reopen``, as they were given."""
+
+    run: str
+    values: list[str]
+    adapters: list[str]
+    allow_changed: list[str]
+
+    async def begin(self, kitchen: "Kitchen") -> "RunHandle":
+        """Find the workflow where it was found the first time, and go on."""
+        from crucible_kitchen.cli import given
+
+        record = await kitchen.store.run(self.run)
+        manifest = await kitchen.store.manifest(record.run_id) or {}
+        found = given.target(kitchen.registry, str(manifest.get("target", record.workflow)))
+        config = given.config_values(given.config_class(found), self.values, None)
+        return await kitchen.reopen(
+            record.run_id,
+            config,
+            target=found,
+            adapters=given.adapters(kitchen.registry, self.adapters),
+            allow_changed=self.allow_changed,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +138,7 @@ class Ended:
 
 
 class Interrupt:
-    """Signals during a run: the first cancels it, with its clean-up; the second ends the process at once."""
+    """Signals during a run: SIGTERM stops it at a checkpoint, SIGINT cancels it; a second one ends the process."""
 
     def __init__(self) -> None:
         self.starting = anyio.CancelScope()
@@ -106,11 +150,13 @@ class Interrupt:
             task_status.started()
             async with anyio.create_task_group() as group:
                 first = await anext(signals)
-                say(f"{first.name}: cancelling the run and cleaning up; once more ends it at once")
+                drains = first is signal.SIGTERM and self.handle is not None
+                does = "stopping the run at a checkpoint" if drains else "cancelling the run and cleaning up"
+                say(f"{first.name}: {does}; once more ends it at once")
                 if self.handle is None:
                     self.starting.cancel()
                 else:
-                    group.start_soon(self.handle.cancel)
+                    group.start_soon(self.handle.drain if drains else self.handle.cancel)
                 since = time.monotonic()
                 async for _ in signals:
                     if time.monotonic() - since > ONE_SIGNAL_SECONDS:
@@ -133,29 +179,20 @@ def run(
     config: ConfigOption = None,
     adapter: AdapterOption = None,
     home: HomeOption = DEFAULT_HOME,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            "--metrics-port", metavar="N", min=0, max=65535, help="Serve Prometheus metrics there; 0 takes a free port."
-        ),
-    ] = None,
-    metrics_host: Annotated[
-        str, typer.Option("--metrics-host", metavar="HOST", help="The interface that metrics are served on.")
-    ] = "127.0.0.1",
+    metrics_port: MetricsPortOption = None,
+    metrics_host: MetricsHostOption = "127.0.0.1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     as_json: JsonOption = False,
-    jsonl: Annotated[Path | None, typer.Option("--jsonl", metavar="FILE", help="Append every event to a file.")] = None,
-    tensorboard: Annotated[
-        Path | None, typer.Option("--tensorboard", metavar="DIR", help="Write curves for TensorBoard.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")] = False,
+    jsonl: JsonlOption = None,
+    tensorboard: TensorboardOption = None,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a workflow or recipe to its end.
 
-    Ctrl-C cancels it, with its clean-up; so does SIGTERM (in this version a run does not stop at a checkpoint to be
-    resumed). A second signal ends it at once. Exit codes: 0 completed, 1 failed, 2 bad usage or failed validation,
-    130 cancelled.
+    Ctrl-C cancels it, with its clean-up; SIGTERM stops it at a checkpoint. Either way, and also if it fails or the
+    machine does, `crucible-kitchen resume` goes on with it. A second signal ends it at once. Exit codes: 0 completed,
+    1 failed, 2 bad usage or failed validation, 75 paused, 130 cancelled.
     """
     order = understood(target, values, config, adapter)
     if dry_run:
@@ -165,6 +202,47 @@ def run(
 
     sinks = chosen_sinks(jsonl, tensorboard, quiet=quiet)
     kitchen = Kitchen(home=home, sinks=sinks, metrics_port=metrics_port, metrics_host=metrics_host)
+    carried_out(kitchen, order, home, as_json=as_json, quiet=quiet, debug=debug)
+
+
+@reporting
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, or the beginning of it.")],
+    values: Values = None,
+    adapter: AdapterOption = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            metavar="FIELD",
+            help="Go on although this differs: a config key, dataset, workflow, code, a package or a port.",
+        ),
+    ] = None,
+    home: HomeOption = DEFAULT_HOME,
+    metrics_port: MetricsPortOption = None,
+    metrics_host: MetricsHostOption = "127.0.0.1",
+    as_json: JsonOption = False,
+    jsonl: JsonlOption = None,
+    tensorboard: TensorboardOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Go on with a run that was killed, cancelled, paused or failed.
+
+    What is done is not done again: training returns to the newest checkpoint, and on a reproducible backend the run
+    ends with the same weights as if nothing had happened. Config, dataset, code and versions must be those it began
+    with, unless --allow-changed names what may differ. Exit codes as for `run`.
+    """
+    from crucible_kitchen.kitchen import Kitchen
+
+    order = Again(run, values or [], adapter or [], allow_changed or [])
+    sinks = chosen_sinks(jsonl, tensorboard, quiet=quiet)
+    kitchen = Kitchen(home=home, sinks=sinks, metrics_port=metrics_port, metrics_host=metrics_host)
+    carried_out(kitchen, order, home, as_json=as_json, quiet=quiet, debug=debug)
+
+
+def carried_out(kitchen: "Kitchen", order: Order, home: Path, *, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Run an order to its end, tell how it ended, and leave with its exit code."""
     ended = anyio.run(partial(to_its_end, kitchen, order))
     if ended.error is not None:
         report(ended.error, debug=debug)
@@ -191,7 +269,7 @@ def validate(
     checked(understood(target, values, config, adapter), home, as_json=as_json)
 
 
-def understood(target: str, values: list[str] | None, file: Path | None, adapter: list[str] | None) -> Order:
+def understood(target: str, values: list[str] | None, file: Path | None, adapter: list[str] | None) -> Start:
     """Return what the arguments ask for.
 
     Raises:
@@ -203,10 +281,10 @@ def understood(target: str, values: list[str] | None, file: Path | None, adapter
     registry = Registry.discover()
     found = given.target(registry, target)
     settings = given.config_values(given.config_class(found), values or [], file)
-    return Order(found, settings, given.adapters(registry, adapter or []))
+    return Start(found, settings, given.adapters(registry, adapter or []), target)
 
 
-def checked(order: Order, home: Path, *, as_json: bool) -> None:
+def checked(order: Start, home: Path, *, as_json: bool) -> None:
     """Check an order and say that it is in order.
 
     Raises:
@@ -290,7 +368,7 @@ async def to_its_end(kitchen: "Kitchen", order: Order) -> Ended:
 async def in_kitchen(kitchen: "Kitchen", order: Order, interrupt: Interrupt) -> Ended:
     """Open the kitchen, run the order and close everything again."""
     async with kitchen:
-        handle = interrupt.handle = await kitchen.start(order.target, order.config, adapters=order.adapters)
+        handle = interrupt.handle = await order.begin(kitchen)
         if kitchen.metrics_port is not None:
             say(f"metrics are served on port {kitchen.metrics_port}, path /metrics")
         error: CrucibleError | None = None

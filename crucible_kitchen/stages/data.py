@@ -233,6 +233,7 @@ async def build_dataset(
             "data.too_long",
             f"{tokenized.truncated} rows were cut at the longest sequence allowed, {tokenized.dropped} left out",
         )
+    run.pin("dataset", data.fingerprint)
     run.emit(
         DataPrepared(
             dataset=data.name,

@@ -62,9 +62,7 @@ async def dpo_step(
     loss = config.make_loss()
     if isinstance(loss, KTO):
         loss = await _with_reference_point(loss, session, train, batch.rows)
-    return await take_step(
-        session, parts, loss, _with_rate(config, session.info), data, batch.epoch, divisor=len(batch.rows)
-    )
+    return await take_step(session, parts, loss, _with_rate(config, session.info), data, batch, divisor=len(batch.rows))
 
 
 @dpo_step.validate

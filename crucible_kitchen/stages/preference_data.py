@@ -158,6 +158,7 @@ def _report(data: PreferenceData, config: PreferenceDataConfig, run: Run) -> Non
         run.warn("data.flawed_pairs", f"comparisons were left out: {_counted(answers.flaws)}")
     if answers.tokens.truncated:
         run.warn("data.too_long", f"{answers.tokens.truncated} answers were cut at the longest sequence allowed")
+    run.pin("dataset", data.fingerprint)
     run.emit(
         DataPrepared(
             dataset=data.name,

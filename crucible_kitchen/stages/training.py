@@ -8,12 +8,13 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from crucible_kitchen.config import AdamConfig, CheckpointConfig, ModelConfig, OptimConfig
 from crucible_kitchen.errors import CapabilityError, NonFiniteLoss
-from crucible_kitchen.events import TrainingCheckpoint, TrainingEpoch, TrainingStep
+from crucible_kitchen.events import TrainingEpoch, TrainingStep
 from crucible_kitchen.learner.hyperparams import recommended_learning_rate
 from crucible_kitchen.learner.schedules import learning_rate, warmup_steps
 from crucible_kitchen.ports import BlobStore, ModelRegistry, TrainingClient, TrainingSession
@@ -26,10 +27,10 @@ from crucible_kitchen.types import (
     OutputsLoss,
     SessionInfo,
     SessionSpec,
-    StateRef,
     StepResult,
 )
 from crucible_kitchen.workers import run_sync
+from crucible_kitchen.workflow.memory import Keep
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
@@ -47,6 +48,7 @@ __all__ = [
     "session_spec",
     "take_step",
     "train_step",
+    "training_unsaved",
 ]
 
 
@@ -138,7 +140,7 @@ async def train_step(session: TrainingSession, batch: Batch, data: TrainingData,
     """
     parts = data.datums(batch)
     weight = sum(float(d.loss_inputs["weights"].sum()) for part in parts for d in part)
-    return await take_step(session, parts, "cross_entropy", config, data, batch.epoch, divisor=weight)
+    return await take_step(session, parts, "cross_entropy", config, data, batch, divisor=weight)
 
 
 async def take_step(
@@ -147,7 +149,7 @@ async def take_step(
     loss: str | Loss | OutputsLoss,
     config: OptimConfig,
     plan: TrainingPlan,
-    epoch: int,
+    batch: Batch,
     *,
     divisor: float,
 ) -> StepResult:
@@ -159,13 +161,13 @@ async def take_step(
         loss: whose sum over all of them, over the divisor, is the step's loss.
         config: how the weights are updated.
         plan: how many steps the run has.
-        epoch: for the report.
+        batch: says which of the run's steps this is; a session that stands elsewhere refuses it.
         divisor: what makes a mean of a sum: weighted tokens, pairs, rows.
 
     Raises:
         NonFiniteLoss: the loss is not a number; the weights are as they were.
     """
-    index = session.position
+    index = batch.epoch * plan.steps_per_epoch + batch.index
     rate = step_rate(index, plan.total_steps, config, session.info)
     began = anyio.current_time()
     async with session.step(index) as step:
@@ -180,7 +182,7 @@ async def take_step(
     tokens = sum(r.tokens for r in results)
     return StepResult(
         step=outcome.step,
-        epoch=epoch,
+        epoch=batch.epoch,
         loss=total,
         learning_rate=rate,
         grad_norm=outcome.grad_norm,
@@ -251,17 +253,23 @@ async def log_epoch(epoch: int, run: Run, epoch_stats: EpochStats | None = None)
 
 
 def checkpoint_due(step: StepResult, config: CheckpointConfig) -> bool:
-    """Whether this step is one after which the training state is saved."""
+    """Whether this step is one after which the run can be resumed."""
     return bool(config.save_every) and step.step % config.save_every == 0
 
 
-@stage(writes="checkpoint")
-async def save_checkpoint(session: TrainingSession, run: Run) -> StateRef:
-    """Save weights, optimizer and RNG."""
-    state = await (await session.save_state(f"step-{session.position:06d}"))
-    run.emit(TrainingCheckpoint(step=state.step, path=state.uri))
-    run.add_artifact(BlobRef(state.uri, state.sha256, state.size, "checkpoint", f"step-{state.step}"))
-    return state
+def training_unsaved(session: TrainingSession, config: CheckpointConfig) -> bool:
+    """Whether the end of training needs a checkpoint of its own, so that what follows never repeats it."""
+    return bool(config.save_every) and session.position % config.save_every != 0
+
+
+@stage()
+async def save_checkpoint(
+    session: TrainingSession, config: CheckpointConfig, run: Run, eval_results: dict[str, Any] | None = None
+) -> None:
+    """Ask for a checkpoint: it is written while training goes on, and old ones are dropped."""
+    measured = eval_results is not None and eval_results["step"] == session.position
+    score = float(eval_results["accuracy"]) if eval_results is not None and measured else None
+    run.checkpoint(Keep(config.keep_last, config.keep_every, config.keep_best, score))
 
 
 @stage(writes="final_weights")

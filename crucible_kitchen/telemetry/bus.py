@@ -59,9 +59,15 @@ class EventLog:
         self._journal = journal
         self._clock = clock
         self._keep = keep
+        self._start = start
         self._seq = start
         self._end: int | None = None
         self._recent: dict[int, EventRecord] = {}
+
+    @property
+    def start(self) -> int:
+        """The last seq of earlier attempts."""
+        return self._start
 
     @property
     def seq(self) -> int:
@@ -105,19 +111,20 @@ class EventLog:
         """Return once few enough records wait to be written; for producers that never ``sync``."""
         await self._journal.drain()
 
-    def events(self, after: int = 0) -> AsyncIterator[EventRecord]:
+    def events(self, after: int | None = None) -> AsyncIterator[EventRecord]:
         """Iterate over the durable records after a place, in order, without gaps, up to the terminal one.
 
-        The iterator holds nothing: it can be left at any time and made again with the last ``seq``.
+        Without a place it begins with this attempt's first. The iterator holds nothing: it can be left at any time and
+        made again with the last ``seq``.
 
         Raises:
             StoreError: the journal can no longer be written, so that no further record will come.
         """
         return _Records(self.batches(after))
 
-    def batches(self, after: int = 0, size: int = 256) -> AsyncIterator[Sequence[EventRecord]]:
+    def batches(self, after: int | None = None, size: int = 256) -> AsyncIterator[Sequence[EventRecord]]:
         """Iterate like :meth:`events`, over all that is there at a time, at most ``size`` records."""
-        return _Batches(self, after, size)
+        return _Batches(self, self._start if after is None else after, size)
 
     async def _next(self, after: int, size: int) -> Sequence[EventRecord]:
         """Return the next durable records, waiting for them; none once the log has ended."""

@@ -124,7 +124,7 @@ class Records:
 
     def _compare(self, recorded: Recorded, now: str) -> None:
         (config, state), (config_now, state_now) = recorded.input_hash.split(":"), now.split(":")
-        if state != state_now or (config != config_now and not self._context.changed):
+        if state != state_now or (config != config_now and not self._context.allowed):
             what = "the state it reads" if state != state_now else "its config"
             raise ReplayMismatch(
                 f"{recorded.path} is recorded, but {what} is not what it was: recorded {recorded.input_hash[:8]}, "

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from crucible_kitchen.errors import RunChanged
 from crucible_kitchen.events import (
     Event,
     EventRecord,
@@ -23,7 +24,7 @@ from crucible_kitchen.events import (
 from crucible_kitchen.redaction import redacted
 from crucible_kitchen.types import BlobRef, JsonObject
 from crucible_kitchen.waits import Waits
-from crucible_kitchen.workflow.memory import Keep, Made, Memory
+from crucible_kitchen.workflow.memory import Keep, Made, Memory, Recorded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ class RunContext:
         waits: who waits for what, while the run is under way.
         memory: what earlier attempts left; None: the run is not durable.
         draining: the run is to stop at its next checkpoint.
-        changed: the run goes on with another config than it began with, because somebody allowed it.
+        allowed: what may differ from how the run began, because somebody said so: config keys, ``dataset``...
     """
 
     id: str
@@ -82,7 +83,7 @@ class RunContext:
     waits: Waits | None = None
     memory: Memory | None = None
     draining: bool = False
-    changed: bool = False
+    allowed: frozenset[str] = frozenset()
 
     def emit(self, event: Event) -> EventRecord:
         """Append an event to the log and keep its measurements as the run's latest."""
@@ -197,6 +198,26 @@ class Run:
         """List an artifact among the run's results."""
         self.made.artifacts.append(asdict(artifact))
         self.context.add_artifact(artifact)
+
+    def pin(self, name: str, value: str) -> None:
+        """State a fact of the outside world that the run depends on: later attempts must find the same.
+
+        Args:
+            name: what it is called where it may be allowed to differ, ``dataset`` for instance.
+            value: a hash or a version.
+
+        Raises:
+            RunChanged: an earlier attempt found something else.
+        """
+        memory = self.context.memory
+        if memory is None:
+            return
+        place = f"{self.path}#{name}"
+        pinned = memory.recall(place)
+        if pinned is None:
+            memory.record(Recorded(place, ":", "", {"pin": value}))
+        elif pinned.value["pin"] != value and name not in self.context.allowed:
+            raise RunChanged(self.id, {name: (pinned.value["pin"], value)})
 
     def checkpoint(self, keep: Keep | None = None) -> None:
         """Ask for a checkpoint once this stage has ended well.

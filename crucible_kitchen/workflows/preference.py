@@ -38,6 +38,7 @@ from crucible_kitchen.stages.training import (
     log_step,
     save_checkpoint,
     save_final,
+    training_unsaved,
 )
 from crucible_kitchen.workflow.nodes import Loop, When, Workflow
 
@@ -74,14 +75,15 @@ preference = Workflow(
             dpo_step,
             log_step,
             log_dpo,
-            When(checkpoint_due, save_checkpoint),
             When(preference_eval_due, evaluate, keep_best),
+            When(checkpoint_due, save_checkpoint),
             until=stop_early,
         ),
         log_epoch,
         until=stop_early,
     ),
     When(best_was_kept, restore_best),
+    When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final,
     When(held_out_given, evaluate, When(report_possible, write_report)),
     When(registry_given, register_model),

@@ -153,4 +153,4 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_last_checkpoint
     assert ended.json["error"]["code"] == "training.non_finite_loss"
     assert "/train_step" in ended.json["error"]["where"]
     assert "the batch holds train/" in ended.json["error"]["message"]
-    assert (home / "runs" / ended.json["run_id"] / "step-000001.npz").is_file()
+    assert (home / "runs" / ended.json["run_id"] / "checkpoint-000001.npz").is_file()

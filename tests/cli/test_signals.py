@@ -47,7 +47,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cancels_the_run_which_ends_cancelled_everywhere(start: Start, number: signal.Signals) -> None:
-    process = start("run", "flows.py:wait", "--json")
+    process = start("run", "flows.py:wait", "grace=0.5", "--json")
     wait_for(process, "simmering")
     process.send_signal(number)
     out, err = process.communicate(timeout=20)

@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_and_keeps_the_last_check
     assert message.count("train/") == 8
     assert "learning_rate" in message
     (saved,) = (home / "runs" / ended.json["run_id"]).glob("*.safetensors")
-    assert saved.name == "step-000001.safetensors"
+    assert saved.name == "checkpoint-000001.safetensors"
     assert [artifact["name"] for artifact in ended.json["artifacts"]] == ["step-1"]
 
 

@@ -48,7 +48,7 @@ async def test_a_run_evaluates_and_registers_with_lineage(kitchen: Kitchen, conf
     ):
         assert name in names
     assert names.count("stage.start") == names.count("stage.stop")
-    assert {a.kind for a in result.artifacts} == {"weights", "report"}
+    assert {a.kind for a in result.artifacts} == {"checkpoint", "weights", "report"}
 
 
 async def test_the_loss_falls(kitchen: Kitchen, config: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ async def test_the_same_seed_gives_the_same_run_and_another_seed_another(home: P
 async def test_checkpoints_are_saved_when_due(kitchen: Kitchen, config: dict[str, Any]) -> None:
     result, events = await run(kitchen, {**config, "epochs": 2, "save_every": 2})
     assert [e.step for e in events if isinstance(e, TrainingCheckpoint)] == [2, 4, 6]
-    assert result.state.checkpoint.step == 6
+    assert [a.name for a in result.artifacts if a.kind == "checkpoint"] == ["step-4", "step-6"], "the last two are kept"
 
 
 async def test_without_an_evaluator_the_result_is_absent_and_never_zero(

@@ -1,0 +1,164 @@
+"""Kill a real run again and again, resume it each time, and look at what it becomes.
+
+Runs the real command line in child processes and ends them with SIGKILL at seeded places: after a random line of their
+progress, or in the middle of writing a checkpoint. Read next: ``docs/promises.md``.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Chaos", "Outcome"]
+
+_SECONDS = 300.0
+"""A child that neither progresses nor ends for so long has hung."""
+
+_LOOK = 0.004
+"""Seconds between two looks at a child."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run became.
+
+    Attributes:
+        run_id: the run.
+        weights: sha256 of the exported weights.
+        losses: each step's loss, of the attempt that counts.
+        result: what ``--json`` printed.
+        kills: how often it was killed.
+    """
+
+    run_id: str
+    weights: str
+    losses: dict[int, float]
+    result: dict[str, Any] = field(repr=False)
+    kills: int = 0
+
+
+class Chaos:
+    """One workflow, run in a home of its own.
+
+    Args:
+        arguments: of ``crucible-kitchen run``: the workflow, its config, adapters.
+        home: a directory of this run's own.
+        cwd: where the program runs.
+        events: a child is killed at most so many events after its first.
+
+    Example::
+
+        calm = Chaos(["supervised", "model=tiny", "dataset=sums"], tmp / "calm").undisturbed()
+        wild = Chaos(["supervised", "model=tiny", "dataset=sums"], tmp / "wild").disturbed(seed=1, kills=5)
+        assert wild.weights == calm.weights
+    """
+
+    def __init__(self, arguments: Sequence[str], home: Path, cwd: Path | None = None, events: int = 60) -> None:
+        self._arguments = list(arguments)
+        self._home = home
+        self._cwd = cwd
+        self._told = home / "events.jsonl"
+        self._events = events
+
+    def undisturbed(self) -> Outcome:
+        """Run to the end."""
+        return self._outcome(self._ended(self._start("run", *self._arguments)), 0)
+
+    def disturbed(self, seed: int, kills: int) -> Outcome:
+        """Run, kill and resume until it has been killed so often or is completed, then let it end.
+
+        Raises:
+            AssertionError: an attempt failed by itself.
+        """
+        draw = random.Random(seed)
+        done, run_id = 0, ""
+        while done < kills:
+            child = self._start("resume", run_id) if run_id else self._start("run", *self._arguments)
+            killed = self._killed(child, draw)
+            run_id = self._newest() or run_id
+            if not killed:
+                return self._outcome(self._ended(child), done)
+            done += 1
+        child = self._start("resume", run_id) if run_id else self._start("run", *self._arguments)
+        return self._outcome(self._ended(child), done)
+
+    def _start(self, *arguments: str) -> "subprocess.Popen[str]":
+        self._told.parent.mkdir(parents=True, exist_ok=True)
+        program = [
+            sys.executable,
+            "-m",
+            "crucible_kitchen",
+            *arguments,
+            "--json",
+            "--quiet",
+            "--jsonl",
+            str(self._told),
+        ]
+        environment = os.environ | {"CRUCIBLE_HOME": str(self._home)}
+        return subprocess.Popen(
+            program, cwd=self._cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def _killed(self, child: "subprocess.Popen[str]", draw: random.Random) -> bool:
+        """Kill a child at a random place; False if it ended before.
+
+        One place in four is the first moment in which a checkpoint is being written, one in eight somewhere in the
+        start (imports, opening the store, recovery), the others are so many events after the attempt's first.
+        """
+        kind, events, pause = draw.random(), draw.randrange(1, self._events), draw.random()
+        if kind < 0.125:
+            ended = _ends_within(child, 2 * pause)
+        else:
+            before, waited = self._events_told(), 0.0
+            ended = False
+            while not ended and self._events_told() - before < events and not (kind < 0.375 and self._writing()):
+                ended = _ends_within(child, _LOOK)
+                waited += _LOOK
+                assert waited < _SECONDS, "an attempt neither progresses nor ends"
+            ended = ended or _ends_within(child, pause * _LOOK)
+        if not ended:
+            child.kill()
+            child.communicate()
+        return not ended
+
+    def _events_told(self) -> int:
+        return self._told.read_bytes().count(b"\n") if self._told.exists() else 0
+
+    def _writing(self) -> bool:
+        return next(self._home.glob("runs/*/.*.partial"), None) is not None
+
+    def _newest(self) -> str:
+        found = sorted(path.name for path in (self._home / "runs").glob("*"))
+        return found[-1] if found else ""
+
+    def _ended(self, child: "subprocess.Popen[str]") -> dict[str, Any]:
+        out, err = child.communicate(timeout=_SECONDS)
+        assert child.returncode == 0, f"exit code {child.returncode}: {err[-2000:]}"
+        result: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return result
+
+    def _outcome(self, result: dict[str, Any], kills: int) -> Outcome:
+        weights = [artifact["sha256"] for artifact in result["artifacts"] if artifact["kind"] == "weights"]
+        losses = dict(self._losses(result["run_id"]))
+        return Outcome(result["run_id"], weights[-1] if weights else "", losses, result, kills)
+
+    def _losses(self, run_id: str) -> Iterator[tuple[int, float]]:
+        program = [sys.executable, "-m", "crucible_kitchen", "events", run_id, "--json"]
+        environment = os.environ | {"CRUCIBLE_HOME": str(self._home)}
+        told = subprocess.run(program, env=environment, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        for record in json.loads(told.stdout.splitlines()[-1]):
+            if record["event"] == "training.step":
+                yield record["step"], record["loss"]
+
+
+def _ends_within(child: "subprocess.Popen[str]", seconds: float) -> bool:
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
