@@ -5,12 +5,13 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 
-.PHONY: help install demo test e2e lint format bench peers clean
+.PHONY: help install demo test e2e chaos lint format bench peers clean
 
 help:
 	@echo "make demo     watch a small language model learn addition, get measured and registered (about 2 minutes)"
 	@echo "make test     lint, types, unit, contract and virtual-clock suites, the README's blocks (under 10 minutes)"
 	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
+	@echo "make chaos    two hundred runs killed at any moment, resumed, compared bit for bit (about an hour)"
 	@echo "make bench    the tables of docs/benchmarks.md"
 	@echo "make peers    a real model beside transformers, training beside trl, tinker's client (fetches them: 200 MB)"
 	@echo "make install  the virtual environment only"
@@ -41,10 +42,13 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/pytest -m "not e2e and not peers" --durations=10
+	$(BIN)/pytest -m "not e2e and not peers and not chaos" --durations=10
 
 e2e: $(DEV)
-	$(BIN)/pytest -m "e2e and not peers" --durations=10
+	$(BIN)/pytest -m "e2e and not peers and not chaos" --durations=10
+
+chaos: $(DEV)
+	$(BIN)/pytest -m chaos --durations=5
 
 bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -49,10 +49,13 @@ LEARNER_NAMES = """
 PARAMETERS = {
     Kitchen: "adapters *home *sinks *metrics_port *metrics_host *registry *store",
     Kitchen.run: "self target config *adapters *dry_run",
-    Kitchen.start: "self target config *adapters",
+    Kitchen.start: "self target config *adapters *place",
+    Kitchen.resume: "self run_id config *target *adapters *allow_changed",
+    Kitchen.reopen: "self run_id config *target *adapters *allow_changed",
     Kitchen.check: "self target config *adapters",
     RunHandle.events: "self after",
     RunHandle.cancel: "self",
+    RunHandle.drain: "self grace",
     RunHandle.wait: "self",
     crucible_kitchen.run: "target config *adapters *home *dry_run",
     crucible_kitchen.stage: "*writes *name *timeout *retry *on_error",
@@ -62,6 +65,8 @@ COMMANDS = {
     "": "--version",
     "run": "target values --config --adapter --home --metrics-port --metrics-host --dry-run --json --jsonl "
     "--tensorboard --quiet -q --debug",
+    "resume": "run values --adapter --allow-changed --home --metrics-port --metrics-host --json --jsonl --tensorboard "
+    "--quiet -q --debug",
     "validate": "target values --config --adapter --home --json --debug",
     "runs": "--limit --status --workflow --since --home --json --debug",
     "runs prune": "run --status --workflow --older-than --yes -y --home --json --debug",
@@ -98,7 +103,7 @@ EVENTS = {  # name: measurements | metadata
     "length_bias | step slowest staleness ledger learner_seconds worker_seconds",
     "rl.group_dropped": "| index reason",
     "rl.evaluated": "reward_mean reward_std episodes | step held_out label",
-    "workflow.start": "| recipe config",
+    "workflow.start": "| recipe config attempt",
     "workflow.rolled_back": "| session place step after",
     "workflow.stop": "duration_s | recipe status error traceback",
     "stage.start": "| stage recipe path attempt",
@@ -210,10 +215,10 @@ ERROR_CODES = {
 SUPERVISED_KEYS = """
     batch_size beta1 beta2 chat_template dataset dataset_options dataset_size durability early_stopping epochs eps
     eval_at_start eval_average eval_every eval_labels eval_max_tokens eval_size eval_split fields grace
-    grad_clip_norm gradient_accumulation holdout learning_rate lora_alpha lora_dropout lora_rank lora_targets lr_end
-    lr_power lr_schedule max_length max_steps model on_failure on_stall on_too_long parent_model register_as
-    save_best save_every seed shuffle split stage_timeout stall_after system_prompt template train_on warmup
-    weight_decay
+    grad_clip_norm gradient_accumulation holdout keep_best keep_every keep_last learning_rate lora_alpha lora_dropout
+    lora_rank lora_targets lr_end lr_power lr_schedule max_length max_steps model on_failure on_stall on_too_long
+    parent_model register_as save_best save_every seed shuffle split stage_timeout stall_after system_prompt
+    template train_on warmup weight_decay
 """
 
 SUPERVISED_STATE = {"eval_results", "registered_model"}
@@ -353,5 +358,5 @@ def test_supervised_writes_these_names_for_its_users() -> None:
 def test_a_stage_finds_this_in_its_run() -> None:
     assert {name for name in dir(Run) if not name.startswith("_")} == {
         "add_artifact", "attempt", "checkpoint", "context", "directory", "emit", "id", "idempotency_key", "made",
-        "manifest", "path", "recipe", "rng", "seed", "turn", "turns", "warn",
+        "manifest", "path", "pin", "recipe", "rng", "seed", "turn", "turns", "warn",
     }  # fmt: skip

@@ -31,6 +31,7 @@ __all__ = [
     "held_out_questions",
     "load_dataset",
     "open_corpus",
+    "pin_corpus",
     "steps_planned",
 ]
 
@@ -218,7 +219,7 @@ async def build_dataset(
     rows_per_step, total_steps = steps_planned(len(tokenized), config)
     data = TrainingData(
         name=config.dataset,
-        fingerprint=await corpus.train.fingerprint(),
+        fingerprint=await pin_corpus(corpus, run),
         rows=len(tokenized),
         tokenized=tokenized,
         examples=await held_out_questions(corpus.held_out, session.tokenizer, session.info.context_length, config, run),
@@ -233,7 +234,6 @@ async def build_dataset(
             "data.too_long",
             f"{tokenized.truncated} rows were cut at the longest sequence allowed, {tokenized.dropped} left out",
         )
-    run.pin("dataset", data.fingerprint)
     run.emit(
         DataPrepared(
             dataset=data.name,
@@ -246,6 +246,18 @@ async def build_dataset(
         )
     )
     yield data
+
+
+async def pin_corpus(corpus: Corpus, run: Run) -> str:
+    """Return the training rows' fingerprint; later attempts of the run must find the same rows, the held-out ones too.
+
+    Raises:
+        RunChanged: they are others.
+    """
+    splits = [split for split in (corpus.train, corpus.held_out) if split is not None]
+    fingerprints = [await split.fingerprint() for split in splits]
+    run.pin("dataset", "+".join(fingerprint[:12] for fingerprint in fingerprints))
+    return fingerprints[0]
 
 
 async def _tokenize(dataset: Dataset, session: TrainingSession, config: DataConfig) -> TokenizedDataset:

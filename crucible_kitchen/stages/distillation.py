@@ -66,7 +66,7 @@ async def distill_step(
     work = await _compared(answers, teachers, config, batch, lessons)
     tokens = sum(len(a.tokens) for a in answers)
     parts = _split(work.datums, config, data, batch)
-    result = await take_step(session, parts, work.loss, config, data, batch.epoch, divisor=tokens)
+    result = await take_step(session, parts, work.loss, config, data, batch, divisor=tokens)
     divergence = work.divergence(result, tokens)
     return replace(
         result,

@@ -25,6 +25,7 @@ from crucible_kitchen.stages.data import (
     ScheduleConfig,
     TrainingPlan,
     open_corpus,
+    pin_corpus,
     steps_planned,
 )
 from crucible_kitchen.stages.kept import kept
@@ -138,7 +139,7 @@ async def build_prefs(
     rows_per_step, total_steps = steps_planned(len(answers), config)
     data = PreferenceData(
         name=config.dataset,
-        fingerprint=await corpus.train.fingerprint(),
+        fingerprint=await pin_corpus(corpus, run),
         rows=len(answers),
         rows_per_step=rows_per_step,
         parts=config.gradient_accumulation,
@@ -158,7 +159,6 @@ def _report(data: PreferenceData, config: PreferenceDataConfig, run: Run) -> Non
         run.warn("data.flawed_pairs", f"comparisons were left out: {_counted(answers.flaws)}")
     if answers.tokens.truncated:
         run.warn("data.too_long", f"{answers.tokens.truncated} answers were cut at the longest sequence allowed")
-    run.pin("dataset", data.fingerprint)
     run.emit(
         DataPrepared(
             dataset=data.name,

@@ -37,6 +37,7 @@ from crucible_kitchen.stages.training import (
     save_checkpoint,
     save_final,
     train_step,
+    training_unsaved,
 )
 from crucible_kitchen.tasks import TASKS
 from crucible_kitchen.workflow.nodes import Loop, When, Workflow
@@ -124,14 +125,15 @@ distillation = Workflow(
             distill_step.with_(retry=patiently),
             log_step,
             log_distillation,
-            When(checkpoint_due, save_checkpoint),
             When(eval_due, evaluate, keep_best),
+            When(checkpoint_due, save_checkpoint),
             until=stop_early,
         ),
         log_epoch,
         until=stop_early,
     ),
     When(best_was_kept, restore_best),
+    When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final,
     When(evaluator_given, evaluate, write_report),
     When(registry_given, register_model),

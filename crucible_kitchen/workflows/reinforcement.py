@@ -24,7 +24,7 @@ from crucible_kitchen.stages.rollout import (
     rollout_feed,
     update_checkpoint_due,
 )
-from crucible_kitchen.stages.training import save_checkpoint, save_final
+from crucible_kitchen.stages.training import save_checkpoint, save_final, training_unsaved
 from crucible_kitchen.workflow.nodes import Stream, When, Workflow
 
 __all__ = ["ReinforcementConfig", "reinforcement"]
@@ -56,6 +56,7 @@ reinforcement = Workflow(
         over=rollout_feed,
         draws="ticket",
     ),
+    When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final,
     evaluate,
     When(registry_given, register_model),
