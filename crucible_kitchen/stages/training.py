@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+SCORES = ("accuracy", "reward_mean")
+"""What an evaluation's score is, the first that it has: what ``keep_best`` goes by."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpochStats:
     """The losses of an epoch so far: their sum and number."""
@@ -267,8 +271,9 @@ async def save_checkpoint(
     session: TrainingSession, config: CheckpointConfig, run: Run, eval_results: dict[str, Any] | None = None
 ) -> None:
     """Ask for a checkpoint: it is written while training goes on, and old ones are dropped."""
-    measured = eval_results is not None and eval_results["step"] == session.position
-    score = float(eval_results["accuracy"]) if eval_results is not None and measured else None
+    score = None
+    if eval_results is not None and eval_results["step"] == session.position:
+        score = next((float(eval_results[name]) for name in SCORES if name in eval_results), None)
     run.checkpoint(Keep(config.keep_last, config.keep_every, config.keep_best, score))
 
 
