@@ -47,6 +47,11 @@ def translated(error: Exception, doing: str) -> StoreError:
         return StoreError(f"{doing} failed: another process kept the run store locked", hint="try again")
     if code in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
         return StoreError(f"{doing} failed: the file is not a run store, or damaged", hint="use another --home")
+    if code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")) or getattr(original, "errno", None) == 30:  # EROFS
+        return StoreError(
+            f"{doing} failed: its directory is read-only, or this user may not write there",
+            hint="give another directory: --home DIR",
+        )
     return StoreError(f"{doing} failed: {original}")
 
 

@@ -199,13 +199,13 @@ class Ownership(RuleBasedStateMachine):
     def what_is_there_is_what_was_written(self) -> None:
         if not hasattr(self, "stores"):
             return
-        for store in self.stores:
-            assert [record.seq for record in self.do(store.read("r", 0, 10_000))] == self.model.log
-            assert {r.path: r.value for r in self.do(store.records("r"))} == self.model.stages
-            assert [c.number for c in self.do(store.checkpoints("r"))] == self.model.checkpoints[::-1]
-            assert [attempt.status for attempt in self.do(store.attempts("r"))] == self.model.attempts
-            assert self.do(store.run("r")).status == self.model.attempts[-1]
-            assert store.pending == 0
+        store = self.stores[len(self.model.log) % 3]
+        assert [record.seq for record in self.do(store.read("r", 0, 10_000))] == self.model.log
+        assert {r.path: r.value for r in self.do(store.records("r"))} == self.model.stages
+        assert [c.number for c in self.do(store.checkpoints("r"))] == self.model.checkpoints[::-1]
+        assert [attempt.status for attempt in self.do(store.attempts("r"))] == self.model.attempts
+        assert self.do(store.run("r")).status == self.model.attempts[-1]
+        assert [one.pending for one in self.stores] == [0, 0, 0]
 
 
 class OwnershipInSqlite(Ownership):
@@ -233,5 +233,5 @@ def _case(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> An
     return case
 
 
-TestOwnership = _case(Ownership, 100, 40)
-TestOwnershipInSqlite = _case(OwnershipInSqlite, 10, 30)
+TestOwnership = _case(Ownership, 60, 40)
+TestOwnershipInSqlite = _case(OwnershipInSqlite, 30, 30)
