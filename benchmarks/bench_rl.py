@@ -1,0 +1,260 @@
+"""How rollouts and learning overlap, and what the orchestration of a group costs.
+
+Four tables:
+
+- overlap efficiency ``T_ideal / T_step`` under the standard load (8 groups per batch, 8 at a time, log-normal rollouts
+  of 50 ms with sigma 1, a learner of 50 ms), per staleness K: rollouts sleep for real, beside a plain loop of
+  ``anyio`` tasks without overlap in the same run; and the strict policies with their price, in simulated time;
+- a group of 8 rollouts through actors, queue, gate and ledgers, beside a bare task group of 8 empty children;
+- 1,000 groups at a time in one process;
+- memory while 10,000 groups go through.
+
+    python benchmarks/bench_rl.py [--steps 150] [--groups 2000] [--many 10000]
+"""
+
+import argparse
+import asyncio
+import gc
+import math
+import random
+import statistics
+import time
+import tracemalloc
+
+import anyio
+import anyio.lowlevel
+import numpy as np
+from _table import machine, print_table
+
+from crucible_kitchen.config import build_config
+from crucible_kitchen.ports.environment import Action, Observation, Transition
+from crucible_kitchen.rl.pipeline import PipelinePlan, Rollouts
+from crucible_kitchen.rl.policy import PublishedPolicy
+from crucible_kitchen.rl.rehearsal import Latencies, RehearsalConfig, rehearse
+from crucible_kitchen.rl.rollout import Roller, RolloutRules
+from crucible_kitchen.rl.trajectories import Ticket
+from crucible_kitchen.types import Message, Sampled
+
+BATCH, SIZE, MEAN, SIGMA, LEARN = 8, 8, 0.05, 1.0, 0.05
+
+
+class Group:
+    """A group that is nothing but its time and its version."""
+
+    unusable, length = None, 1
+
+    def __init__(self, ticket, version, seconds):
+        self.ticket, self.version, self.seconds = ticket, version, seconds
+
+    def versions(self):
+        return np.array((self.version,))
+
+
+def load(steps, seed=0):
+    """Return the times of all rollouts of a run."""
+    rng = random.Random(seed)
+    mu = math.log(MEAN) - SIGMA**2 / 2
+    return [rng.lognormvariate(mu, SIGMA) for _ in range(steps * BATCH)]
+
+
+async def overlapped(steps, k, seconds):
+    rollouts = Rollouts(PipelinePlan(steps, BATCH, k, workers=BATCH), order=lambda i: i)
+
+    async def produce(ticket):
+        version = rollouts.version
+        await anyio.sleep(seconds[ticket.index])
+        return Group(ticket, version, seconds[ticket.index])
+
+    began = time.perf_counter()
+    async with rollouts.running(produce):
+        async for batch in rollouts:
+            async for _ in batch:
+                await anyio.sleep(LEARN / BATCH)
+            batch.trained()
+        wall = time.perf_counter() - began
+    ages = rollouts.staleness
+    mean = sum(age * n for age, n in ages.items()) / sum(ages.values())
+    return wall, rollouts.ledger.dropped.total(), mean, max(ages)
+
+
+async def in_turn(steps, seconds):
+    """Roll out a batch concurrently, then learn from it: what a loop without overlap does."""
+    began = time.perf_counter()
+    for step in range(steps):
+        async with anyio.create_task_group() as group:
+            for index in range(step * BATCH, (step + 1) * BATCH):
+                group.start_soon(anyio.sleep, seconds[index])
+        await anyio.sleep(LEARN)
+    return time.perf_counter() - began
+
+
+def overlap(steps):
+    seconds = load(steps)
+    ideal = max(LEARN, BATCH * statistics.mean(seconds) / BATCH) * steps
+    rows = [("rollouts and learning in turn", f"{ideal / asyncio.run(in_turn(steps, seconds)):.3f}", "0 %", "0", "0")]
+    for k in (0, 1, 2, 4):
+        wall, dropped, mean, most = anyio.run(overlapped, steps, k, seconds)
+        rows.append((f"K = {k}", f"{ideal / wall:.3f}", f"{dropped / (steps * BATCH):.0%}", f"{mean:.2f}", str(most)))
+    print_table(f"Overlap efficiency, {steps} steps", ("", "efficiency", "waste", "staleness", "most"), rows)
+
+
+def policies(steps):
+    rows = []
+    for policy in ("aggregate", "block", "discard", "cancel"):
+        row = [policy]
+        for k in (1, 2, 4):
+            values = {"env": "sums", "max_staleness": k, "staleness_policy": policy, "num_rollouts": steps}
+            found = rehearse(
+                build_config(RehearsalConfig, values | {"groups_per_batch": BATCH}),
+                Latencies(rollout_mean=MEAN, rollout_sigma=SIGMA, update=LEARN),
+            )
+            row.append(f"{LEARN / found.step_seconds:.2f} / {found.waste:.0%} / {max(found.staleness)}")
+        rows.append(tuple(row))
+    print_table(
+        f"Efficiency / waste / oldest by policy, {steps} simulated steps", ("policy", "K = 1", "K = 2", "K = 4"), rows
+    )
+
+
+class Instant:
+    """A source, a group, an environment, a tokenizer and a sampler that take no time."""
+
+    space, name, environments, prefix_ids = None, "instant", None, ()
+    done = Transition(1.0, terminated=True)
+    prompt = Observation((Message("user", "q"),))
+    sample_ = Sampled(np.array([1, 2]), np.array([-1.0, -1.0], np.float32), "x", "stop")
+
+    async def open(self, _problem, size, _seed):
+        self.environments = [self] * size
+        return self
+
+    async def group_rewards(self, episodes):
+        return [0.0] * len(episodes)
+
+    async def reset(self):
+        return self.prompt
+
+    async def step(self, _action: Action):
+        return self.done
+
+    def encode(self, _text):
+        return [3]
+
+    async def sample(self, _prompt, _params, _n=1):
+        await anyio.lowlevel.checkpoint()
+        return [self.sample_]
+
+    async def aclose(self):
+        pass
+
+
+async def bare(groups):
+    began = time.perf_counter()
+    for _ in range(groups):
+        async with anyio.create_task_group() as group:
+            for _ in range(SIZE):
+                group.start_soon(anyio.lowlevel.checkpoint)
+    return (time.perf_counter() - began) / groups
+
+
+async def through(groups, *, empty=False, workers=1, k=0):
+    instant = Instant()
+    roller = Roller(instant, PublishedPolicy(instant), RolloutRules(SIZE), tokenizer=instant)
+    rollouts = Rollouts(PipelinePlan(groups // BATCH, BATCH, k, workers=workers), order=lambda i: i)
+
+    async def nothing(ticket: Ticket):
+        version = rollouts.version
+        async with anyio.create_task_group() as group:
+            for _ in range(SIZE):
+                group.start_soon(anyio.lowlevel.checkpoint)
+        return Group(ticket, version, 0.0)
+
+    began = time.perf_counter()
+    async with rollouts.running(nothing if empty else roller):
+        async for batch in rollouts:
+            async for _ in batch:
+                pass
+            batch.trained()
+        return (time.perf_counter() - began) / groups
+
+
+def orchestration(groups):
+    ratios = {True: [], False: []}
+    least = math.inf
+    for _ in range(5):
+        floor = anyio.run(bare, groups // 5)
+        least = min(least, floor)
+        for empty in ratios:
+            gc.collect()
+            ratios[empty].append(
+                anyio.run(lambda empty=empty: through(groups // 5 // BATCH * BATCH, empty=empty)) / floor
+            )
+    rows = [
+        ("a bare task group of 8 empty children", f"{least * 1e6:.0f}", "1.00"),
+        ("the same through actors, queue, gate, ledgers", "", f"{statistics.median(ratios[True]):.2f}"),
+        ("8 whole episodes: prompt, sample, step, trajectory", "", f"{statistics.median(ratios[False]):.2f}"),
+    ]
+    print_table("A group of 8", ("", "µs", "ratio"), rows)
+
+
+async def crowd(groups):
+    """All groups at a time: each waits for the last to have begun."""
+    started, everybody = 0, anyio.Event()
+    rollouts = Rollouts(PipelinePlan(1, groups, workers=groups), order=lambda i: i)
+
+    async def produce(ticket):
+        nonlocal started
+        started += 1
+        if started == groups:
+            everybody.set()
+        await everybody.wait()
+        return Group(ticket, 0, 0.0)
+
+    began = time.perf_counter()
+    async with rollouts.running(produce):
+        async for batch in rollouts:
+            await batch.all()
+            batch.trained()
+    return time.perf_counter() - began
+
+
+async def memory(groups):
+    """Return the greatest traced memory of each tenth of a run."""
+    instant = Instant()
+    roller = Roller(instant, PublishedPolicy(instant), RolloutRules(SIZE), tokenizer=instant)
+    batches = groups // BATCH
+    rollouts = Rollouts(PipelinePlan(batches, BATCH, 1, workers=BATCH), order=lambda i: i)
+    found: list[float] = []
+    async with rollouts.running(roller):
+        async for batch in rollouts:
+            await batch.all()
+            batch.trained()
+            if rollouts.version % max(1, batches // 10) == 0:
+                gc.collect()
+                found.append(tracemalloc.get_traced_memory()[0] / 1e6)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--groups", type=int, default=2000)
+    parser.add_argument("--many", type=int, default=10_000)
+    options = parser.parse_args()
+    print(machine())
+    overlap(options.steps)
+    began = time.perf_counter()
+    policies(max(200, options.steps * 2))
+    print(f"\n{12 * max(200, options.steps * 2)} simulated steps took {time.perf_counter() - began:.1f} s")
+    orchestration(options.groups)
+    print(f"\n1,000 groups at a time, each waiting for the last to have begun: {anyio.run(crowd, 1000):.2f} s")
+    tracemalloc.start()
+    found = anyio.run(memory, options.many)
+    print_table(
+        f"Memory while {options.many} groups go through, MB",
+        ("after a tenth", "after a half", "at the end"),
+        [(f"{found[0]:.2f}", f"{found[len(found) // 2]:.2f}", f"{found[-1]:.2f}")],
+    )
+
+
+if __name__ == "__main__":
+    main()
