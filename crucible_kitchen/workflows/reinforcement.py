@@ -1,5 +1,6 @@
 """Reinforcement learning: how it runs. What each step does stands in ``crucible_kitchen.stages``."""
 
+from crucible_kitchen.stages.curves import keep_curves, write_policy_report
 from crucible_kitchen.stages.policy_update import (
     UpdateConfig,
     assemble_rl_batch,
@@ -51,6 +52,7 @@ reinforcement = Workflow(
         log_rollouts,
         publish_policy,
         log_rl_metrics,
+        keep_curves,
         When(policy_eval_due, evaluate),
         When(update_checkpoint_due, save_checkpoint),
         over=rollout_feed,
@@ -59,6 +61,7 @@ reinforcement = Workflow(
     When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final,
     evaluate,
+    write_policy_report,
     When(registry_given, register_model),
     config=ReinforcementConfig,
     description="Reinforcement learning: env groups, advantages, PPO and its kin",

@@ -16,6 +16,7 @@ from crucible_kitchen.learner import PPO, grpo
 from crucible_kitchen.registry import Registry
 from crucible_kitchen.rl.rollout import derived_seed
 from crucible_kitchen.rl.staleness import problem_order
+from crucible_kitchen.stages.curves import Curves
 from crucible_kitchen.testing.environments import installed
 from crucible_kitchen.types import AdamParams, Datum, SamplingParams, SessionSpec
 from crucible_kitchen.workflows.reinforcement import ReinforcementConfig, reinforcement
@@ -363,6 +364,28 @@ async def test_what_cannot_work_is_refused_before_anything_runs(home, config, va
 async def test_an_environment_that_always_crashes_ends_the_run_with_the_reason(home, config):
     with pytest.raises(CrucibleError, match="in a row came to nothing, the last because: env_fault: RuntimeError"):
         await run(home, {**config, "env_options": {"crash": "1"}})
+
+
+async def test_the_report_has_a_plot_of_every_curve(home, config):
+    from xml.etree import ElementTree
+
+    result, _ = await run(home, config)
+    assert {artifact.name for artifact in result.artifacts if artifact.kind == "report"} == {"report.svg", "report.md"}
+    (directory,) = (home / "runs").iterdir()
+    root = ElementTree.parse(directory / "report.svg").getroot()
+    lines = [e for e in root.iter() if e.tag.endswith("polyline")]
+    assert [len(line.get("points").split()) for line in lines] == [5] * 5
+    assert "![curves](report.svg)" in (directory / "report.md").read_text()
+    assert [point[0] for point in result.state.curves.points][-1] == result.state.rollout_metrics["reward_mean"]
+
+
+def test_curves_are_thinned_and_never_grow_beyond_their_bound():
+    curves = Curves()
+    for update in range(1, 10_001):
+        curves = curves.with_point(update, (float(update),))
+    assert len(curves.points) <= 2000
+    assert all(point == (float(update),) for update, point in zip(curves.updates, curves.points, strict=True))
+    assert curves.updates[-1] == 10_000
 
 
 # -- what users see ---------------------------------------------------------------------------------------------------
