@@ -21,6 +21,7 @@ from crucible_kitchen.telemetry import PrometheusSink
 from crucible_kitchen.workflow.typing import type_name
 from crucible_kitchen.workflows.distillation import DistillationConfig
 from crucible_kitchen.workflows.preference import PreferenceConfig
+from crucible_kitchen.workflows.reinforcement import ReinforcementConfig
 from crucible_kitchen.workflows.supervised import SupervisedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,7 @@ TABLES = {
     "config keys": ("docs/supervised.md", partial(config_table, SupervisedConfig)),
     "distillation keys": ("docs/distillation.md", partial(config_table, DistillationConfig)),
     "preference keys": ("docs/preference.md", partial(config_table, PreferenceConfig)),
+    "reinforcement keys": ("docs/reinforcement.md", partial(config_table, ReinforcementConfig)),
     "events": ("docs/telemetry.md", event_table),
     "metrics": ("docs/telemetry.md", metric_table),
     "commands": ("docs/cli.md", command_tables),

@@ -379,6 +379,26 @@ async def test_the_report_has_a_plot_of_every_curve(home, config):
     assert [point[0] for point in result.state.curves.points][-1] == result.state.rollout_metrics["reward_mean"]
 
 
+async def test_the_readme_s_keys_as_upstream_has_them_run_and_give_real_numbers(home):
+    keys = {
+        "model": "noop",
+        "env": "letters",
+        "group_size": 4,
+        "groups_per_batch": 3,
+        "num_rollouts": 2,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+        "clip_epsilon": 0.2,
+        "ppo_epochs": 4,
+        "learning_rate": 1.0e-5,
+    }
+    result, _ = await run(home, keys)
+    assert result.state.rollout_metrics["num_trajectories"] == 12
+    assert result.state.step.step == 8
+    assert result.state.ppo_metrics["entropy"] > 1
+    assert result.state.ppo_metrics["value_loss"] > 0
+
+
 def test_curves_are_thinned_and_never_grow_beyond_their_bound():
     curves = Curves()
     for update in range(1, 10_001):
