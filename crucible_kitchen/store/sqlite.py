@@ -34,6 +34,7 @@ __all__ = ["SqliteRunStore"]
 R = TypeVar("R")
 
 _BUSY_SECONDS = 30.0
+_SMALLEST = 512  # bytes of the smallest page that SQLite has
 
 
 class SqliteRunStore(JournalFront):
@@ -300,6 +301,7 @@ class SqliteRunStore(JournalFront):
 def _open_engine(path: Path) -> Engine:
     """Create or migrate the file and return the reader's engine."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_remains(path)
     engine = create_engine(
         f"sqlite+pysqlite:///{path}", isolation_level="AUTOCOMMIT", connect_args={"timeout": _BUSY_SECONDS}
     )
@@ -309,6 +311,22 @@ def _open_engine(path: Path) -> Engine:
         engine.dispose()
         raise
     return engine
+
+
+def _refuse_remains(path: Path) -> None:
+    """Refuse what is left of a store that was cut off: SQLite would take it for a new file and write over it.
+
+    Raises:
+        StoreError: the file is shorter than any that SQLite wrote, or gone while its log is there.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    logged = log.exists() and log.stat().st_size > 0  # first: a new file is written before its log is
+    size = path.stat().st_size if path.exists() else 0
+    if 0 < size < _SMALLEST or (logged and not size):
+        raise StoreError(
+            f"the run store is damaged: of {path.name} {size} bytes are left",
+            hint="restore it from a copy, or use another --home",
+        )
 
 
 def _connect(path: Path) -> sqlite3.Connection:
