@@ -5,7 +5,7 @@ taken between two stages and written beside what follows. Read next: ``crucible_
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import anyio
@@ -67,7 +67,7 @@ class Checkpoints:
         await self.settle(first)
         self._numbers += 1
         number, step = self._numbers, first.session.position
-        data = self._folded(frame, first) | {"score": keep.score}
+        data = self._folded(frame, first) | {"score": keep.score, "keep": asdict(keep)}
         pendings: dict[str, Pending[StateRef]] = {}
         for index, opened in enumerate(frame.sessions):
             if opened.session.position != opened.opened_at:
@@ -133,7 +133,7 @@ class Checkpoints:
             "loops": {loop.path: {"index": loop.index, "position": to_json(loop.now())} for loop in frame.loops},
             "reads": {path: changed for path, reads in entered if (changed := _changed(frame, reads, path))},
             "metrics": dict(self._context.metrics),
-            "artifacts": [to_json(artifact) for artifact in self._context.artifacts],
+            "artifacts": [to_json(a) for a in self._context.artifacts if a.kind != "checkpoint"],
         }
 
     # -- returning ------------------------------------------------------------------------------------------------
@@ -156,8 +156,10 @@ class Checkpoints:
                 continue
             forward.restore(opened.frame)
             self._context.made(saved.data["metrics"], saved.data["artifacts"])
-            for artifact in artifacts_of(saved):
-                self._context.add_artifact(artifact)
+            for kept in reversed(self._memory.checkpoints(opened.path)):
+                for artifact in artifacts_of(kept):
+                    self._context.add_artifact(artifact)
+            await self._drop_old(opened.frame, Keep(**saved.data["keep"]))  # in case it died before it could
             self._roll_back(opened, saved.place, saved.step, saved.seq)
             return forward
         self._roll_back(opened, "", opened.opened_at, 0)

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -486,3 +486,24 @@ async def test_a_value_that_cannot_be_recorded_is_an_error_that_names_its_stage(
     with pytest.raises(StageFailed, match="'x' cannot be recorded: object is not JSON") as caught:
         await World(tmp_path).attempt(Workflow("w", odd))
     assert caught.value.where == "w/odd"
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps"),
+    [
+        (Keep(last=1), [12]),
+        (Keep(last=3), [10, 11, 12]),
+        (Keep(last=1, every=5), [5, 10, 12]),
+        (Keep(last=1, best=2), [4, 8, 12]),
+    ],
+)
+async def test_which_checkpoints_are_kept_is_a_policy(tmp_path, keep, steps):
+    world = World(tmp_path)
+
+    @stage()
+    async def save(session: Trainer, run: Run) -> None:
+        run.checkpoint(replace(keep, score={4: 0.9, 8: 0.8}.get(session.position, 0.1)))
+
+    await world.attempt(supervised(world, every=1, steps=4, epochs=3).replace("save", save))
+    assert sorted(saved.step for saved in world.memory.saved.values()) == steps
+    assert len(world.disk) == len(steps)

@@ -217,7 +217,7 @@ async def test_the_policy_is_measured_and_saved_when_an_update_reaches_the_numbe
         ("evaluate", 20),
         ("evaluate", 20),
     ]
-    assert [event.step for event in of(events, e.TrainingCheckpoint)] == [8, 16]
+    assert [event.step for event in of(events, e.TrainingCheckpoint)] == [8, 16, 20]
 
 
 async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(home, config):
@@ -312,6 +312,9 @@ OTHERWISE = {
     "eval_every": "measures only",
     "eval_at_start": "measures only",
     "save_every": "saves only",
+    "keep_last": "see tests/workflow/test_resume.py",
+    "keep_every": "see tests/workflow/test_resume.py",
+    "keep_best": "see tests/workflow/test_resume.py",
     "register_as": "names only",
     "parent_model": "lineage only",
 }
