@@ -30,12 +30,16 @@ from crucible_kitchen.store import MemoryRunStore, RunRecord, SqliteRunStore
 from crucible_kitchen.telemetry.bus import EventLog
 from crucible_kitchen.telemetry.prometheus import PrometheusSink
 from crucible_kitchen.telemetry.sinks import RunInfo, pump
+from crucible_kitchen.testing.faults import hangs, with_faults
+from crucible_kitchen.types import Message
+from crucible_kitchen.workers import Submissions
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.check import check
 from crucible_kitchen.workflow.engine import execute
 from crucible_kitchen.workflow.nodes import Loop, Parallel, When, Workflow
 from crucible_kitchen.workflow.run import RunContext
 from crucible_kitchen.workflow.stage import signature_of, stage
+from crucible_kitchen_noop import NoopLLMClient
 
 BODY = 50
 LANES = 64
@@ -275,33 +279,59 @@ async def start_of_a_run(repetitions: int) -> None:
     print_table("From `check` to the first stage's body", ["start", "ms", "target", "held"], rows)
 
 
-async def cancelling(branches: int, repetitions: int) -> None:
-    """Measure the time from a cancellation to each of many waiting stages."""
-    reached: list[float] = []
-    began = 0.0
+class Waiting:
+    """Waits for ever in three ways, and says when each wait was ended."""
 
-    async def wait() -> None:
+    def __init__(self) -> None:
+        self.reached: list[float] = []
+        self._hanging = with_faults(NoopLLMClient(), hangs("chat", times=0))
+
+    async def ended(self, call: Callable[[], Awaitable[Any]]) -> None:
         try:
-            await anyio.sleep_forever()
+            await call()
         finally:
-            reached.append(time.perf_counter() - began)
+            self.reached.append(time.perf_counter())
 
-    workflow = Workflow("bench", Parallel(*[stage(name=f"s{i}")(wait) for i in range(branches)]))
-    slowest, last = [], []
-    for _ in range(repetitions):
-        reached.clear()
-        async with anyio.create_task_group() as group:
-            group.start_soon(run, workflow, SYNC, Memory())
-            await anyio.wait_all_tasks_blocked()
-            began = time.perf_counter()
-            group.cancel_scope.cancel()
-        last.append(time.perf_counter() - began)
-        slowest.append(sorted(reached)[int(len(reached) * 0.99)])
-    p99, end = statistics.median(slowest) * 1e3, statistics.median(last) * 1e3
-    row = [branches, p99, "<= 50", "yes" if p99 <= 50 else "NO", end]
-    print_table(
-        "From a cancellation to the stages it ends", ["stages", "p99 ms", "target", "held", "run over ms"], [row]
-    )
+    async def in_a_stage(self) -> None:
+        await self.ended(anyio.sleep_forever)
+
+    async def in_an_adapter(self) -> None:
+        await self.ended(lambda: self._hanging.chat([Message("user", "?")]))
+
+    async def for_a_submission(self) -> None:
+        async def awaited() -> None:
+            await calls.submit(anyio.sleep_forever)
+
+        async with Submissions.open() as calls:
+            await self.ended(awaited)
+
+
+async def cancelled(call: Callable[[], Awaitable[None]], waiting: Waiting, branches: int) -> tuple[float, float]:
+    """Cancel a run of many waiting calls; return the milliseconds to the 99th of a hundred, and to the run's end."""
+    workflow = Workflow("bench", Parallel(*[stage(name=f"s{i}")(call) for i in range(branches)]))
+    waiting.reached.clear()
+    async with anyio.create_task_group() as group:
+        group.start_soon(run, workflow, SYNC, Memory())
+        await anyio.wait_all_tasks_blocked()
+        began = time.perf_counter()
+        group.cancel_scope.cancel()
+    ended = time.perf_counter()
+    assert len(waiting.reached) == branches
+    return (sorted(waiting.reached)[int(branches * 0.99)] - began) * 1e3, (ended - began) * 1e3
+
+
+async def cancelling(branches: int, repetitions: int) -> None:
+    """Measure the time from a cancellation to each of many waiting calls."""
+    waiting, rows = Waiting(), []
+    for what, call in (
+        ("stages", waiting.in_a_stage),
+        ("calls of an adapter", waiting.in_an_adapter),
+        ("pending calls of sessions", waiting.for_a_submission),
+    ):
+        found = [await cancelled(call, waiting, branches) for _ in range(repetitions)]
+        p99, end = (statistics.median(column) for column in zip(*found, strict=True))
+        rows.append([f"{branches} {what}", p99, "<= 50", "yes" if p99 <= 50 else "NO", end])
+    print_table("From a cancellation to what it ends", ["waiting", "p99 ms", "target", "held", "run over ms"], rows)
 
 
 async def main() -> None:
