@@ -57,6 +57,7 @@ It knows nothing of the rest of the package. Read next: ``crucible_kitchen.types
     ├── RunStalled (TimeoutError)            run.stalled
     ├── RunPaused                            run.paused
     ├── RunChanged                           run.changed
+    ├── RunNotReproducible                   run.not_reproducible
     └── ReplayMismatch                       run.replay_mismatch
 
 Catch a family by its class, decide by ``code``, never by the text of a message. To add one: subclass the family it
@@ -102,6 +103,7 @@ __all__ = [
     "RunEnded",
     "RunLive",
     "RunNotFound",
+    "RunNotReproducible",
     "RunPaused",
     "RunStalled",
     "SandboxUnavailable",
@@ -533,6 +535,12 @@ class RunChanged(CrucibleError):
         super().__init__(
             f"the run {run_id} would not be the same run: {shown}", hint=f"resume it nevertheless: {allowed}"
         )
+
+
+class RunNotReproducible(CrucibleError):
+    """Raised when a run is to be repeated bit for bit that cannot be."""
+
+    code = "run.not_reproducible"
 
 
 class ReplayMismatch(CrucibleError):

@@ -129,8 +129,9 @@ def _hash_code(digest: Any, code: Any) -> None:
     for constant in code.co_consts:
         if hasattr(constant, "co_code"):
             _hash_code(digest, constant)
-        elif not isinstance(constant, frozenset):  # whose order is another in every process
-            digest.update(repr(constant).encode())
+        else:  # the order of a set is another in every process
+            settled = sorted(constant, key=repr) if isinstance(constant, frozenset) else constant
+            digest.update(repr(settled).encode())
 
 
 def differences(before: JsonObject, now: JsonObject) -> dict[str, tuple[Any, Any]]:

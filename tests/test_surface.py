@@ -67,6 +67,7 @@ COMMANDS = {
     "--tensorboard --quiet -q --debug",
     "resume": "run values --adapter --allow-changed --home --metrics-port --metrics-host --json --jsonl --tensorboard "
     "--quiet -q --debug",
+    "verify": "run --adapter --home --json --quiet -q --debug",
     "validate": "target values --config --adapter --home --json --debug",
     "runs": "--limit --status --workflow --since --home --json --debug",
     "runs prune": "run --status --workflow --older-than --yes -y --home --json --debug",
@@ -209,6 +210,7 @@ ERROR_CODES = {
     "RunStalled": "run.stalled",
     "RunPaused": "run.paused",
     "RunChanged": "run.changed",
+    "RunNotReproducible": "run.not_reproducible",
     "ReplayMismatch": "run.replay_mismatch",
 }
 

@@ -21,6 +21,7 @@ from crucible_kitchen.cli import (
     running,
     sample,
     serving,
+    verifying,
 )
 from crucible_kitchen.cli.console import (
     CANCELLED,
@@ -84,6 +85,7 @@ for _command in (
     reading.show,
     reading.events,
     comparing.compare,
+    verifying.verify,
     catalogue.describe,
     catalogue.workflows,
     catalogue.recipes,

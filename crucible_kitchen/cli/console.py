@@ -16,7 +16,15 @@ from typing import Any, ParamSpec
 import typer
 
 from crucible_kitchen.cli.options import DebugOption
-from crucible_kitchen.errors import AdapterError, ConfigError, CrucibleError, NotFoundError, WorkflowError
+from crucible_kitchen.errors import (
+    AdapterError,
+    ConfigError,
+    CrucibleError,
+    NotFoundError,
+    RunChanged,
+    RunNotReproducible,
+    WorkflowError,
+)
 from crucible_kitchen.redaction import redacted, without_values
 
 __all__ = [
@@ -51,7 +59,7 @@ CANCELLED = 130
 PIPE = 141
 """What a shell reports for a program whose reader went away."""
 
-BAD_USAGE = (ConfigError, WorkflowError, AdapterError, NotFoundError)
+BAD_USAGE = (ConfigError, WorkflowError, AdapterError, NotFoundError, RunChanged, RunNotReproducible)
 """What is wrong with what was asked, when it is raised before anything ran."""
 
 
