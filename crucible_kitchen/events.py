@@ -321,7 +321,10 @@ class ModelRegistered(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvGroupBuilt(Event):
-    """The environments are ready to be rolled out. ``env_type`` is the environment's name, ``problems`` how many."""
+    """The environments are ready to be rolled out. ``env_type`` is the environment's name, ``problems`` how many.
+
+    ``learner`` is ``streaming`` or ``batch``, ``because`` says why.
+    """
 
     name: ClassVar[str] = "rl.env_group_built"
     measurements: ClassVar[tuple[str, ...]] = ("group_size", "groups_per_batch")
@@ -330,6 +333,8 @@ class EnvGroupBuilt(Event):
     env_type: str
     problems: int = 0
     fingerprint: str = ""
+    learner: str = ""
+    because: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

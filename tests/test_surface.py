@@ -94,7 +94,7 @@ EXIT_CODES = {"COMPLETED": 0, "FAILED": 1, "USAGE": 2, "PAUSED": 75, "CANCELLED"
 RESULT = "run_id status state metrics artifacts duration_s"
 
 EVENTS = {  # name: measurements | metadata
-    "rl.env_group_built": "group_size groups_per_batch | env_type problems fingerprint",
+    "rl.env_group_built": "group_size groups_per_batch | env_type problems fingerprint learner because",
     "rl.rollout_complete": "reward_mean reward_std num_trajectories tokens_mean env_seconds sampling_seconds "
     "| rollout_index groups seconds outcomes metrics",
     "rl.advantages_computed": "advantage_mean advantage_std return_mean return_std num_steps |",

@@ -20,6 +20,7 @@ from crucible_kitchen.rl.ledgers import RolloutLedger, TimeLedger
 from crucible_kitchen.rl.staleness import StalenessPolicy
 from crucible_kitchen.rl.trajectories import Ticket
 from crucible_kitchen.types import Array, JsonObject
+from crucible_kitchen.waits import waiting
 
 __all__ = ["Batch", "PipelinePlan", "Rollouts"]
 
@@ -321,7 +322,13 @@ class Rollouts(Generic[G]):
                 self.learner.enter("compute")
                 return group
             self.learner.enter("wait")
-            await self._arrival.wait()
+            with waiting("item", self._awaited()):
+                await self._arrival.wait()
+
+    def _awaited(self) -> str:
+        """Return what the learner waits for, in words: the group that has been out longest."""
+        longest = min(self._flying.values(), key=lambda job: job.began, default=None)
+        return f"rollouts, of which group {longest.ticket.index} has been out longest" if longest else "rollouts"
 
     def _pick(self, batch: "Batch[G]") -> G | None:
         plan = self.plan

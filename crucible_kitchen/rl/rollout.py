@@ -43,6 +43,7 @@ from crucible_kitchen.rl.trajectories import (
 from crucible_kitchen.rl.transcript import Transcript
 from crucible_kitchen.rl.vector import finite, roll_vector
 from crucible_kitchen.types import Array, Sampled, SamplingParams
+from crucible_kitchen.waits import waiting
 
 __all__ = ["FATAL", "Roller", "RolloutRules", "derived_seed"]
 
@@ -211,7 +212,9 @@ class _Rollout:
         transcript = Transcript(self._r._tokenizer, chat=rules.chat)
         texts: list[str] = []
         began = now()
-        observation = await environment.reset()
+        whom = f"the environment of rollout {self._ticket.index}/{member}"
+        with waiting("call", whom):
+            observation = await environment.reset()
         self.spent["environment"] += now() - began
         metrics: dict[str, float] = {}
         terminated = False
@@ -226,7 +229,8 @@ class _Rollout:
             sample, version = await self._sample(transcript.tokens, member, turn, room, observation.stop)
             sampled = now()
             texts.append(sample.text)
-            transition = await environment.step(Action(sample.text, sample.tokens, sample.stop_reason == "stop"))
+            with waiting("call", whom):
+                transition = await environment.step(Action(sample.text, sample.tokens, sample.stop_reason == "stop"))
             self.spent["sampling"] += sampled - began
             self.spent["environment"] += now() - sampled
             transcript.said(sample.tokens, self._logprobs(sample), version)

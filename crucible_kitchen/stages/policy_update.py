@@ -28,7 +28,7 @@ from crucible_kitchen.rl.learning import (
 )
 from crucible_kitchen.rl.pipeline import Batch
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
-from crucible_kitchen.stages.rollout import ReinforcementPartsConfig, least_members
+from crucible_kitchen.stages.rollout import ReinforcementPartsConfig, batch_because, least_members
 from crucible_kitchen.stages.training import step_rate
 from crucible_kitchen.types import Datum, ForwardBackwardResult, Loss, OutputsLoss, StepResult
 from crucible_kitchen.workflow.run import Run
@@ -83,7 +83,7 @@ class Minibatches:
 
 def streams(config: LearnerConfig, session: TrainingSession) -> bool:
     """Whether each group's gradient is computed as the group arrives."""
-    return config.learner != "batch" and config.must_batch() is None and session.capabilities.step_scale == "exact"
+    return batch_because(config, session) is None
 
 
 # -- the batch learner -------------------------------------------------------------------------------------------------

@@ -162,6 +162,8 @@ async def build_env_group(
                 env_type=pool.name,
                 problems=problems,
                 fingerprint=pool.fingerprint,
+                learner="batch" if (why := batch_because(config, session)) else "streaming",
+                because=why or "each group's gradient depends on that group alone",
             )
         )
         yield pool
@@ -187,6 +189,15 @@ def rules_of(config: ReinforcementPartsConfig, session: TrainingSession) -> Roll
         chat=chat,
         seed=config.seed,
     )
+
+
+def batch_because(config: LearnerConfig, session: TrainingSession) -> str | None:
+    """Return why a batch is collected before it is learned from; None if groups are taken as they arrive."""
+    if config.learner == "batch":
+        return "learner=batch"
+    if session.capabilities.step_scale != "exact":
+        return "the backend cannot scale a step by a number known only then"
+    return config.must_batch()
 
 
 def least_members(config: ReinforcementPartsConfig) -> int:

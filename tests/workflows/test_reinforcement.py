@@ -100,14 +100,19 @@ async def test_rewards_rise(home, config, k, advantage):
     assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.1
 
 
-async def test_without_staleness_the_result_is_the_plain_sequential_loop_s_bit_for_bit(home, config):
+@pytest.mark.parametrize("backend", ["noop", "torch"])
+async def test_without_staleness_the_result_is_the_plain_sequential_loop_s_bit_for_bit(home, config, backend):
     """The loop below knows nothing of actors, queues or stages."""
     from crucible_kitchen_noop import NoopTrainingClient
+    from crucible_kitchen_torch import TorchTrainingClient
 
-    result, _ = await run(home, {**config, "env_options": {"seconds": "0.02"}}, entropy=False)
-    spec = SessionSpec("noop", None, 0, str(home))
+    client = NoopTrainingClient(capabilities={"entropy": False}) if backend == "noop" else TorchTrainingClient()
+    values = {**config, "model": "tiny", "env_options": {"seconds": "0.02"}}
+    async with Kitchen({"training_client": client}, home=home) as kitchen:
+        result = await kitchen.run("reinforcement", values)
+    spec = SessionSpec("tiny", None, 0, str(home))
     order = problem_order(16, 0)
-    async with NoopTrainingClient().open_session(spec) as session:
+    async with client.open_session(spec) as session:
         for update in range(5):
             sampler = await session.sampler()
             step_datums, tokens = [], 0.0
