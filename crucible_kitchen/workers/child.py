@@ -1,20 +1,18 @@
 """What a worker process runs: one function at a time, named by its import path, JSON in and JSON out.
 
-It imports the standard library only and knows nothing of the project, so that it starts fast and can be run by its file
-path. The first line says where modules are found; each further line is one call, answered by one line. What the
-function prints goes to standard error. Read next: ``processes.py``, which speaks to it.
+It is run by its file path and imports as little as it can, so that it starts fast. The first line says where modules
+are found; each further line is one call, answered by one line. What the function prints goes to standard error. Read
+next: ``processes.py``, which speaks to it.
 """
 
 import contextlib
 import importlib
 import json
 import os
-import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any
 
 
@@ -39,11 +37,11 @@ def main() -> None:
 
 def _belong_to(parent: int) -> None:
     """Die with the parent, and take in orphans, so that the parent finds all it has to kill."""
-    # By its file: its package imports what this process can do without.
-    tree = runpy.run_path(str(Path(__file__).with_name("tree.py")))
+    from crucible_kitchen.workers.tree import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, prctl
+
     with contextlib.suppress(OSError):
-        tree["prctl"](tree["PR_SET_PDEATHSIG"], signal.SIGKILL)
-        tree["prctl"](tree["PR_SET_CHILD_SUBREAPER"], 1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         os._exit(1)
 
