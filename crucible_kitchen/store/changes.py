@@ -128,13 +128,14 @@ def finish(
     )
 
 
-def crash_orphans(connection: sqlite3.Connection, now: float) -> list[str]:
-    """End every attempt that has lost its owner and return their runs."""
-    query = "SELECT run_id, owner, until FROM leases JOIN attempts USING (run_id) WHERE number = epoch ORDER BY run_id"
-    rows = connection.execute(query).fetchall()
-    found = [run_id for run_id, owner, until in rows if not held(_owner(owner), until, now)]
-    for run_id in found:
-        finish(connection, run_id, "crashed", now)
+def crash_orphans(connection: sqlite3.Connection, run_ids: Sequence[str], now: float) -> list[str]:
+    """End the attempts that have these runs as crashed, where they have lost their owners, and return their runs."""
+    found = []
+    for run_id in run_ids:
+        row = _leased(connection, run_id)
+        if row is not None and not held(_owner(row[0]), row[2], now):
+            finish(connection, run_id, "crashed", now)
+            found.append(run_id)
     return found
 
 
@@ -187,14 +188,22 @@ def _take(connection: sqlite3.Connection, run_id: str, now: float) -> None:
     Raises:
         RunLive: it has not.
     """
-    query = (
-        "SELECT owner, started_at, until FROM leases JOIN attempts USING (run_id) WHERE run_id = ? AND number = epoch"
-    )
-    text, since, until = connection.execute(query, (run_id,)).fetchone()
+    row = _leased(connection, run_id)
+    assert row is not None, "a running run has a lease"
+    text, since, until = row
     owner = _owner(text)
     if held(owner, until, now):
         raise run_live(run_id, owner, since, until)
     finish(connection, run_id, "crashed", now)
+
+
+def _leased(connection: sqlite3.Connection, run_id: str) -> tuple[str, float, float] | None:
+    """Return the owner of the attempt that has a run, since when, and until when; None where nobody has it."""
+    query = (
+        "SELECT owner, started_at, until FROM leases JOIN attempts USING (run_id) WHERE run_id = ? AND number = epoch"
+    )
+    row: tuple[str, float, float] | None = connection.execute(query, (run_id,)).fetchone()
+    return row
 
 
 def _owner(text: str) -> Owner:

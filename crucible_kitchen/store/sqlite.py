@@ -182,7 +182,10 @@ class SqliteRunStore(JournalFront):
 
     async def reconcile(self) -> list[RunRecord]:
         """See ``RunStore.reconcile``."""
-        crashed = await self._write(lambda connection: changes.crash_orphans(connection, self._clock()))
+        found = await self._query(lambda c: queries.orphans(c, self._clock()))
+        if not found:  # looking neither waits for a writer nor needs room on the disk
+            return []
+        crashed = await self._write(lambda connection: changes.crash_orphans(connection, found, self._clock()))
         return await self._query(lambda c: [queries.run(c, run_id) for run_id in crashed])
 
     async def delete_run(self, run_id: str) -> None:

@@ -200,5 +200,5 @@ def test_what_was_promised_survives_kills_at_any_moment(worker: Any, tmp_path: P
 
 
 @pytest.mark.e2e
-def test_what_was_promised_survives_a_hundred_kills(worker: Any, tmp_path: Path) -> None:
-    kills(worker, tmp_path / "runs.db", 100, seed=2)
+def test_what_was_promised_survives_many_kills(worker: Any, tmp_path: Path) -> None:
+    kills(worker, tmp_path / "runs.db", 40, seed=2)

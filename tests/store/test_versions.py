@@ -114,11 +114,13 @@ async def test_opening_a_file_that_is_up_to_date_writes_nothing(tmp_path: Path) 
     path = tmp_path / "runs.db"
     async with SqliteRunStore(path) as store:
         await store.create_run(RunRecord("r", "w"))
+        await store.finish_run("r", "completed", {})
     before = fingerprint(tmp_path)
     with sqlite3.connect(path) as busy:
         busy.execute("BEGIN IMMEDIATE")  # another process writes all the time: looking does not wait for it
         async with SqliteRunStore(path) as store:
             assert len(await store.runs()) == 1
+            assert await store.reconcile() == []
         busy.execute("ROLLBACK")
     busy.close()
     assert fingerprint(tmp_path) == before
