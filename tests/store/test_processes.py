@@ -199,6 +199,15 @@ def test_what_was_promised_survives_kills_at_any_moment(worker: Any, tmp_path: P
     kills(worker, tmp_path / "runs.db", 5, seed=1)
 
 
+def test_a_process_that_is_killed_before_any_statement_leaves_a_whole_store(tmp_path: Path) -> None:
+    command = [sys.executable, str(CREW.with_name("dying.py")), str(tmp_path / "runs.db")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    *deaths, last = done.stdout.splitlines()
+    assert (last, done.stderr) == ("lived", ""), done.stderr
+    assert deaths == [f"died at {n}" for n in range(1, len(deaths) + 1)]
+    assert len(deaths) > 40
+
+
 @pytest.mark.e2e
 def test_what_was_promised_survives_many_kills(worker: Any, tmp_path: Path) -> None:
     kills(worker, tmp_path / "runs.db", 40, seed=2)
