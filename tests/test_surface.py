@@ -133,8 +133,8 @@ ENTRY_POINTS = {
         sampling_client.http sampling_client.noop sampling_client.openai training_client.http training_client.noop
         training_client.torch
     """,
-    "crucible_kitchen.recipes": "sums_demo",
-    "crucible_kitchen.workflows": "distillation preference reinforcement supervised",
+    "crucible_kitchen.recipes": "rlhf sums_demo",
+    "crucible_kitchen.workflows": "distillation preference reinforcement reward_model supervised",
 }
 
 DEFAULTS = {

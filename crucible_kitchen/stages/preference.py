@@ -40,12 +40,13 @@ __all__ = [
     "log_dpo",
     "preference_eval_at_start",
     "preference_eval_due",
+    "told_apart",
 ]
 
 WIDE = 256  # hidden size from which on a model counts as pretrained
 
 
-class PreferenceStepConfig(OptimConfig, PreferenceLossConfig):
+class PreferenceStepConfig(PreferenceLossConfig, OptimConfig):
     """What an optimizer step on comparisons depends on."""
 
 
@@ -144,7 +145,7 @@ async def evaluate_preferences(
         total += lost
         mistakes += wrong
         sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-    return _results(total, sums, mistakes, session, run, paired=config.paired)
+    return told_apart(total, sums, mistakes, session, run)
 
 
 def _evaluated(
@@ -167,20 +168,30 @@ def _evaluated(
     return total, sums, wrong
 
 
-def _results(
-    total: float, sums: Mapping[str, float], mistakes: list[str], session: TrainingSession, run: Run, *, paired: bool
+def told_apart(
+    total: float, sums: Mapping[str, float], mistakes: Sequence[str], session: TrainingSession, run: Run
 ) -> dict[str, Any]:
+    """Report how well held-out comparisons were told apart, and return it as the state has it.
+
+    Args:
+        total: the summed loss.
+        sums: of the losses' metrics; ``ranking`` counts pairs whose chosen answer is likelier.
+        mistakes: keys of what was told apart wrongly.
+        session: whose model it is.
+        run: for the event.
+    """
+    paired = "pairs" in sums
     n = int(sums["pairs" if paired else "rows"])
     metrics = preference_metrics(total / n, sums)
     run.emit(DpoEvaluated(step=session.position, num_pairs=n, label=run.path.rpartition("/")[2], **metrics))
-    ranking = {"ranking_accuracy": sums["ranking"] / n} if paired else {}
+    ranking = {"ranking_accuracy": sums["ranking"] / n} if "ranking" in sums else {}
     return {
         **metrics,
         **ranking,
         "n": n,
         "average": "",
         "intervals": {"accuracy": list(_wilson(metrics["accuracy"], n))},
-        "mistakes": mistakes[:20],
+        "mistakes": list(mistakes[:20]),
         "step": session.position,
         "synthetic": session.capabilities.synthetic,
     }

@@ -8,9 +8,11 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from crucible_kitchen.comparisons import KNOWN_COMPARISONS, KnownDataset
 from crucible_kitchen.config import HeldOutConfig, ModelConfig
@@ -38,6 +40,7 @@ from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
 __all__ = [
+    "ComparisonConfig",
     "PreferenceData",
     "PreferenceDataConfig",
     "Scored",
@@ -50,8 +53,23 @@ __all__ = [
 ANSWERS_PER_CALL = 256  # answers scored between two chances to cancel
 
 
-class PreferenceDataConfig(ModelConfig, PairConfig, ScheduleConfig, HeldOutConfig, PreferenceLossConfig):
+class ComparisonConfig(ModelConfig, PairConfig, ScheduleConfig, HeldOutConfig):
     """What preparing comparisons depends on."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether pairs are wanted, else single answers."""
+        return True
+
+    @model_validator(mode="after")
+    def _answers_are_compared(self) -> Self:
+        if self.train_on != "last_assistant_message":
+            raise ValueError("train_on: comparisons train on their answers, that is on last_assistant_message")
+        return self
+
+
+class PreferenceDataConfig(PreferenceLossConfig, ComparisonConfig):
+    """What preparing comparisons for a preference loss depends on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -109,9 +127,7 @@ class Scored:
 
 
 @stage(writes="corpus")
-async def load_comparisons(
-    dataset_store: DatasetStore, config: PreferenceDataConfig, run: Run
-) -> AsyncIterator[Corpus]:
+async def load_comparisons(dataset_store: DatasetStore, config: ComparisonConfig, run: Run) -> AsyncIterator[Corpus]:
     """Open the comparisons to train on and those that are never trained on."""
     known = KNOWN_COMPARISONS.get(config.dataset, KnownDataset(config.dataset))
     options = dict(known.options) | config.dataset_options
@@ -126,7 +142,7 @@ async def load_comparisons(
 
 @stage(writes="data")
 async def build_prefs(
-    corpus: Corpus, session: TrainingSession, config: PreferenceDataConfig, run: Run
+    corpus: Corpus, session: TrainingSession, config: ComparisonConfig, run: Run
 ) -> AsyncIterator[PreferenceData]:
     """Turn all comparisons into tokens before the first step; flawed ones are left out and counted."""
     answers = await _answers(corpus.train, session, config)
@@ -153,7 +169,7 @@ async def build_prefs(
     yield data
 
 
-def _report(data: PreferenceData, config: PreferenceDataConfig, run: Run) -> None:
+def _report(data: PreferenceData, config: ComparisonConfig, run: Run) -> None:
     answers = data.answers
     if answers.flaws:
         run.warn("data.flawed_pairs", f"comparisons were left out: {_counted(answers.flaws)}")
@@ -186,7 +202,7 @@ def _counted(flaws: Mapping[str, int]) -> str:
     return "; ".join(f"{count} with {reason}" for reason, count in flaws.items())
 
 
-async def _answers(dataset: Dataset, session: TrainingSession, config: PreferenceDataConfig) -> Answers:
+async def _answers(dataset: Dataset, session: TrainingSession, config: ComparisonConfig) -> Answers:
     parts = []
     for start in range(0, len(dataset), ROWS_PER_CHUNK):
         rows = await dataset.rows(range(start, min(start + ROWS_PER_CHUNK, len(dataset))))

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CapabilityError, ConfigError
+from crucible_kitchen.errors import CapabilityError
 from crucible_kitchen.ports import (
     BlobStore,
     ModelRegistry,
@@ -21,8 +21,8 @@ from crucible_kitchen.ports import (
     TrainingClient,
     TrainingSession,
 )
+from crucible_kitchen.stages.stored import fetched, found_locally
 from crucible_kitchen.types import BlobRef, LoraSpec, SessionSpec
-from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
@@ -128,7 +128,7 @@ async def open_teachers(
     async with AsyncExitStack() as stack:
         source = _Source(training_client, sampling_client, model_registry, blob_store, config, run, stack)
         if teacher_weights is not None:
-            directory = await source.fetched(teacher_weights.uri, "trained")
+            directory = await fetched(teacher_weights.uri, "teacher-trained", blob_store, run)
             specs: Sequence[TeacherSpec] = [TeacherSpec(model=directory, through="training_client")]
         else:
             specs = config.specs
@@ -162,7 +162,7 @@ class _Source:
             return Teacher(spec, served, None, system)
         can = self.training_client.capabilities
         frozen = SessionSpec(
-            model=await self._local(spec.model, f"{number}"),
+            model=await found_locally(spec.model, f"teacher-{number}", self.model_registry, self.blob_store, self.run),
             lora=None if can.full_weights else LoraSpec(rank=8),
             seed=self.config.seed,
             directory=str(self.run.directory),
@@ -172,20 +172,3 @@ class _Source:
         sampler = await session.sampler()
         self.stack.push_async_callback(sampler.aclose)
         return Teacher(spec, sampler, session, system)
-
-    async def _local(self, model: str, label: str) -> str:
-        """Return a name that the training client knows; a registered version is fetched."""
-        name, colon, version = model.rpartition(":")
-        if not colon or self.model_registry is None or "/" in version or "\\" in version:
-            return model
-        found = await self.model_registry.get(name, int(version) if version.isdecimal() else version)
-        return await self.fetched(found.uri, label)
-
-    async def fetched(self, uri: str, label: str) -> str:
-        """Fetch stored weights into the run's directory, unless an earlier attempt did; return where they are."""
-        if self.blob_store is None:
-            raise ConfigError("a registered teacher needs a blob store to fetch it from")
-        directory = self.run.directory / f"teacher-{label}"
-        if not await run_sync(directory.exists):
-            await self.blob_store.get_tree(uri, directory)
-        return str(directory)

@@ -1,9 +1,5 @@
 """Preference learning: how it runs. What each step does stands in ``crucible_kitchen.stages``."""
 
-from typing import Self
-
-from pydantic import model_validator
-
 from crucible_kitchen.config import CheckpointConfig
 from crucible_kitchen.stages.evaluation import (
     best_was_kept,
@@ -45,14 +41,8 @@ from crucible_kitchen.workflow.nodes import Loop, When, Workflow
 __all__ = ["PreferenceConfig", "preference"]
 
 
-class PreferenceConfig(PreferenceDataConfig, PreferenceStepConfig, CheckpointConfig, RegisterConfig):
+class PreferenceConfig(PreferenceStepConfig, PreferenceDataConfig, CheckpointConfig, RegisterConfig):
     """Everything that can be set for preference learning."""
-
-    @model_validator(mode="after")
-    def _answers_are_compared(self) -> Self:
-        if self.train_on != "last_assistant_message":
-            raise ValueError("train_on: comparisons train on their answers, that is on last_assistant_message")
-        return self
 
 
 evaluate = evaluate_preferences.with_(name="evaluate")

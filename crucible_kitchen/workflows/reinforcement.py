@@ -13,7 +13,6 @@ from crucible_kitchen.stages.policy_update import (
 from crucible_kitchen.stages.registry import RegisterConfig, check_parent, parent_given, register_model, registry_given
 from crucible_kitchen.stages.rollout import (
     EvaluatedPartsConfig,
-    build_env_group,
     do_rollout,
     evaluate_policy,
     init_policy_session,
@@ -25,13 +24,14 @@ from crucible_kitchen.stages.rollout import (
     rollout_feed,
     update_checkpoint_due,
 )
+from crucible_kitchen.stages.scoring import ScoredConfig, build_scored_env_group
 from crucible_kitchen.stages.training import save_checkpoint, save_final, training_unsaved
 from crucible_kitchen.workflow.nodes import Stream, When, Workflow
 
 __all__ = ["ReinforcementConfig", "reinforcement"]
 
 
-class ReinforcementConfig(UpdateConfig, EvaluatedPartsConfig, RegisterConfig):
+class ReinforcementConfig(UpdateConfig, EvaluatedPartsConfig, RegisterConfig, ScoredConfig):
     """Everything that can be set for reinforcement learning."""
 
 
@@ -42,7 +42,7 @@ reinforcement = Workflow(
     "reinforcement",
     When(parent_given, check_parent),
     init_policy_session,
-    build_env_group,
+    build_scored_env_group,
     open_policy,
     When(policy_eval_at_start, evaluate_before),
     Stream(

@@ -22,6 +22,7 @@ from crucible_kitchen.workflow.typing import type_name
 from crucible_kitchen.workflows.distillation import DistillationConfig
 from crucible_kitchen.workflows.preference import PreferenceConfig
 from crucible_kitchen.workflows.reinforcement import ReinforcementConfig
+from crucible_kitchen.workflows.reward_model import RewardModelConfig
 from crucible_kitchen.workflows.supervised import SupervisedConfig
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,7 @@ WITH_OPTIONS = (
 
 TABLES = {
     "config keys": ("docs/supervised.md", partial(config_table, SupervisedConfig)),
+    "reward model keys": ("docs/preference.md", partial(config_table, RewardModelConfig)),
     "distillation keys": ("docs/distillation.md", partial(config_table, DistillationConfig)),
     "preference keys": ("docs/preference.md", partial(config_table, PreferenceConfig)),
     "reinforcement keys": ("docs/reinforcement.md", partial(config_table, ReinforcementConfig)),
