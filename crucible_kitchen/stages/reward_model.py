@@ -85,7 +85,7 @@ async def reward_step(
         for units in data.submissions(batch)
     ]
     loss = WeightedSum(Term(BradleyTerry(centring=config.centring), "values"))
-    return await take_step(session, parts, loss, config, data, batch.epoch, divisor=len(batch.rows))
+    return await take_step(session, parts, loss, config, data, batch, divisor=len(batch.rows))
 
 
 @stage(writes="reward_metrics")

@@ -96,6 +96,7 @@ train_teacher = Workflow(
         Loop("batch", batches, train_step, log_step, When(checkpoint_due, save_checkpoint)),
         log_epoch,
     ),
+    When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final.with_(writes="teacher_weights"),
     config=TeacherTrainingConfig,
     returns=("teacher_weights",),

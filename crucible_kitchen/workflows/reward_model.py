@@ -27,6 +27,7 @@ from crucible_kitchen.stages.training import (
     log_step,
     save_checkpoint,
     save_final,
+    training_unsaved,
 )
 from crucible_kitchen.workflow.nodes import Loop, When, Workflow
 
@@ -56,14 +57,15 @@ reward_model = Workflow(
             reward_step,
             log_step,
             log_rewards,
-            When(checkpoint_due, save_checkpoint),
             When(preference_eval_due, evaluate, keep_best),
+            When(checkpoint_due, save_checkpoint),
             until=stop_early,
         ),
         log_epoch,
         until=stop_early,
     ),
     When(best_was_kept, restore_best),
+    When(training_unsaved, save_checkpoint.with_(name="save_trained")),
     save_final,
     When(held_out_given, evaluate, When(report_possible, write_report)),
     When(registry_given, register_model),
