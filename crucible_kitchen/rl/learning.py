@@ -169,10 +169,12 @@ def _surrogate(config: LearnerConfig, shared: dict[str, Any]) -> Loss:
         return ImportanceSampling(**shared)
     if config.loss == "cispo":
         return CISPO(ratio_min=config.ratio_min, ratio_max=config.ratio_max, **shared)
-    clips: dict[str, Any] = {}
-    if config.loss != "gspo" or "clip_epsilon" in config.model_fields_set:
-        high = config.clip_epsilon if config.clip_epsilon_high is None else config.clip_epsilon_high
-        clips = {"clip_low": config.clip_epsilon, "clip_high": high}
+    low = config.clip_epsilon if config.clip_epsilon is not None else (3e-4 if config.loss == "gspo" else 0.2)
+    high = 4e-4 if config.loss == "gspo" and config.clip_epsilon is None else low
+    clips: dict[str, Any] = {
+        "clip_low": low,
+        "clip_high": high if config.clip_epsilon_high is None else config.clip_epsilon_high,
+    }
     if config.loss == "gspo":
         return GSPO(dual_clip=config.dual_clip, **clips, **shared)
     if config.loss == "decoupled_ppo":

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Outcome:
         run_id: the run.
         weights: sha256 of the exported weights.
         losses: each step's loss, of the attempt that counts.
+        groups: each update's groups of rollouts, of the attempt that counts.
+        ledger: the last ledger of rollouts.
         result: what ``--json`` printed.
         kills: how often it was killed.
     """
@@ -40,6 +42,8 @@ class Outcome:
     losses: dict[int, float]
     result: dict[str, Any] = field(repr=False)
     kills: int = 0
+    groups: dict[int, list[int]] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
 
 
 class Chaos:
@@ -144,16 +148,23 @@ class Chaos:
 
     def _outcome(self, result: dict[str, Any], kills: int) -> Outcome:
         weights = [artifact["sha256"] for artifact in result["artifacts"] if artifact["kind"] == "weights"]
-        losses = dict(self._losses(result["run_id"]))
-        return Outcome(result["run_id"], weights[-1] if weights else "", losses, result, kills)
+        told = self._records(result["run_id"])
+        return Outcome(
+            result["run_id"],
+            weights[-1] if weights else "",
+            {record["step"]: record["loss"] for record in told if record["event"] == "training.step"},
+            result,
+            kills,
+            {r["rollout_index"]: r["groups"] for r in told if r["event"] == "rl.rollout_complete"},
+            next((r["ledger"] for r in reversed(told) if r["event"] == "rl.pipeline"), {}),
+        )
 
-    def _losses(self, run_id: str) -> Iterator[tuple[int, float]]:
+    def _records(self, run_id: str) -> list[dict[str, Any]]:
         program = [sys.executable, "-m", "crucible_kitchen", "events", run_id, "--json"]
         environment = os.environ | {"CRUCIBLE_HOME": str(self._home)}
         told = subprocess.run(program, env=environment, capture_output=True, text=True, check=True, timeout=_SECONDS)
-        for record in json.loads(told.stdout.splitlines()[-1]):
-            if record["event"] == "training.step":
-                yield record["step"], record["loss"]
+        found: list[dict[str, Any]] = json.loads(told.stdout.splitlines()[-1])
+        return found
 
 
 def _ends_within(child: "subprocess.Popen[str]", seconds: float) -> bool:

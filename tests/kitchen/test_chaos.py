@@ -18,6 +18,19 @@ SUPERVISED = (
     "save_every=4",
 )
 PREFERENCE = ("preference", "model=tiny", "dataset=sums", "max_steps=12", "batch_size=8", "eval_size=8", "save_every=3")
+REINFORCEMENT = (
+    "reinforcement",
+    "model=tiny",
+    "env=sums",
+    "advantage=grpo",
+    "group_size=2",
+    "groups_per_batch=3",
+    "num_rollouts=12",
+    "max_tokens=4",
+    "eval_size=4",
+    "save_every=3",
+    "sampling=deterministic",
+)
 
 BRANCHES = '''
 """Two models trained side by side, each in a session of its own."""
@@ -109,6 +122,36 @@ def test_branches_that_own_their_sessions_end_with_the_same_bits(tmp_path: Path,
 @pytest.mark.e2e
 def test_a_preference_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     compared((*PREFERENCE, *ONE_THREAD), tmp_path, range(2), kills=5)
+
+
+@pytest.mark.e2e
+def test_a_reinforcement_run_in_turn_ends_with_the_same_bits(tmp_path: Path) -> None:
+    compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(2), kills=5)
+
+
+def overlapped(tmp_path: Path, seeds: range, kills: int) -> None:
+    """Disturb a run whose rollouts overlap with learning: each group is trained exactly once, and none is lost."""
+    for seed in seeds:
+        arguments = (*REINFORCEMENT, "max_staleness=2", *ONE_THREAD)
+        wild = Chaos(arguments, tmp_path / f"wild{seed}", tmp_path).disturbed(seed, kills)
+        assert sorted(wild.groups) == list(range(12)), f"seed {seed}: another number of updates"
+        trained = sorted(index for update in wild.groups.values() for index in update)
+        assert trained == list(range(36)), f"seed {seed}: groups lost or trained twice after {wild.kills} kills"
+        assert (wild.ledger["drawn"], wild.ledger["trained"], wild.ledger["dropped"]) == (36, 36, {}), f"seed {seed}"
+
+
+@pytest.mark.e2e
+def test_a_reinforcement_run_that_overlaps_keeps_the_law_of_its_ledger(tmp_path: Path) -> None:
+    overlapped(tmp_path, range(2), kills=5)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_hundred_kills_of_reinforcement_runs_lose_nothing(tmp_path: Path, k: int) -> None:
+    if k:
+        overlapped(tmp_path, range(100, 120), kills=5)
+    else:
+        compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(100, 120), kills=5)
 
 
 @pytest.mark.chaos

@@ -183,6 +183,18 @@ def test_the_loss_is_the_one_that_the_keys_describe(values, wanted):
     assert policy_loss(learner(advantage="grpo", **values), exact_entropy=False) == wanted
 
 
+def test_a_config_that_was_stored_with_every_key_is_the_same_one():
+    for values in (
+        {"advantage": "grpo"},
+        {"advantage": "rloo", "loss": "gspo"},
+        {"advantage": "centred", "loss": "cispo", "kl_coef": 0.1},
+    ):
+        config = learner(**values)
+        stored = build_config(LearnerConfig, config.model_dump(mode="json"))
+        assert policy_loss(stored, exact_entropy=False) == policy_loss(config, exact_entropy=False)
+        assert stored == config
+
+
 def test_values_and_exact_entropy_are_terms_of_their_own():
     loss = policy_loss(learner(entropy_coef=0.01, value_coef=0.25, value_clip=0.1), exact_entropy=True)
     assert isinstance(loss, WeightedSum)
