@@ -126,7 +126,7 @@ def test_a_preference_run_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_reinforcement_run_in_turn_ends_with_the_same_bits(tmp_path: Path) -> None:
-    compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(2), kills=5)
+    compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(1), kills=4)
 
 
 def overlapped(tmp_path: Path, seeds: range, kills: int) -> None:
@@ -142,7 +142,7 @@ def overlapped(tmp_path: Path, seeds: range, kills: int) -> None:
 
 @pytest.mark.e2e
 def test_a_reinforcement_run_that_overlaps_keeps_the_law_of_its_ledger(tmp_path: Path) -> None:
-    overlapped(tmp_path, range(2), kills=5)
+    overlapped(tmp_path, range(1), kills=4)
 
 
 @pytest.mark.chaos
