@@ -38,9 +38,11 @@ def amount(env: str, name: str, text: str) -> float:
 
 
 def value(text: str) -> bool | int | float | str:
-    """Return what a text looks like: a boolean, a number, or itself."""
+    """Return what a text looks like: a boolean, a finite number, or itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return text
     for kind in (int, float):
         try:
             return kind(text)
