@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from crucible_kitchen.workflow.check import check as check
     from crucible_kitchen.workflow.nodes import Loop as Loop
     from crucible_kitchen.workflow.nodes import Parallel as Parallel
+    from crucible_kitchen.workflow.nodes import Stream as Stream
     from crucible_kitchen.workflow.nodes import When as When
     from crucible_kitchen.workflow.nodes import Workflow as Workflow
     from crucible_kitchen.workflow.recipe import Recipe as Recipe
@@ -59,7 +60,7 @@ _HOMES = {
     "runs": ("RunHandle", "RunResult"),
     "types": ("AdamParams", "Datum", "LossValue", "ModelVersion", "SamplingParams", "StepResult"),
     "workflow.check": ("check",),
-    "workflow.nodes": ("Loop", "Parallel", "When", "Workflow"),
+    "workflow.nodes": ("Loop", "Parallel", "Stream", "When", "Workflow"),
     "workflow.recipe": ("Recipe",),
     "workflow.run": ("Run",),
     "workflow.stage": ("Retry", "stage"),

@@ -35,7 +35,7 @@ from crucible_kitchen.workflow.run import Run
 PUBLIC_NAMES = """
     AdamParams CheckpointConfig CrucibleError DataConfig Datum EvalConfig Kitchen Loop LossValue ModelConfig
     ModelVersion OptimConfig Parallel Recipe Registry RegistryConfig Retry Run RunConfig RunHandle RunResult
-    SamplingParams StepResult TrainingClient TrainingSession When Workflow check run stage __version__
+    SamplingParams StepResult Stream TrainingClient TrainingSession When Workflow check run stage __version__
 """
 
 LEARNER_NAMES = """

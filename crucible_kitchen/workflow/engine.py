@@ -175,8 +175,14 @@ class _Engine:
             await self._turns(node, here, each(over, path, first, position), frame)
             return
         here.feed = over
-        async with over.running(self._producer(node, frame, path), warn=partial(self._warn, path)):
-            await self._turns(node, here, each(over, path, first, position), frame)
+        try:
+            async with over.running(self._producer(node, frame, path), warn=partial(self._warn, path)):
+                await self._turns(node, here, each(over, path, first, position), frame)
+        except Exception as error:  # noqa: BLE001 - a feed's own task group may have wrapped what a stage raised
+            failure = as_ours(error, path)
+        else:
+            return
+        raise failure
 
     async def _turns(
         self, node: Loop | Stream, here: OpenLoop, over: AsyncGenerator[tuple[Json, Any], None], frame: Frame
