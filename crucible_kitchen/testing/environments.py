@@ -60,6 +60,8 @@ class Letters:
 
     async def open(self, problem: int, size: int, seed: int) -> "_Group":
         """Open one problem."""
+        if not 0 <= problem < self.problems:
+            raise IndexError(problem)
         self.opened += 1
         return _Group(self, problem, size, seed)
 

@@ -188,6 +188,36 @@ async def test_several_passes_and_minibatches_are_real_optimizer_steps(home, con
     assert of(events, e.PPOUpdated)[2].kl_divergence > 0
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"advantage": "rloo"},
+        {"advantage": "centred"},
+        {"advantage": "maxrl"},
+        {"advantage": "dr_grpo"},
+        {"loss": "gspo", "ppo_epochs": 2},
+        {"loss": "cispo", "ppo_epochs": 2},
+        {"loss": "decoupled_ppo", "max_staleness": 2, "ppo_epochs": 2},
+        {"clip_epsilon": 0.2, "clip_epsilon_high": 0.28, "aggregation": "token_mean", "ppo_epochs": 2},
+        {"importance_cap": 2.0, "max_staleness": 2},
+        {"advantage": "gae", "value_clip": 0.2, "ppo_epochs": 2, "normalize": "batch", "entropy_coef": 0.01},
+        {"kl_coef": 0.05, "kl_in": "loss", "dual_clip": 3.0},
+        {"max_staleness": 1, "staleness_policy": "block"},
+        {"max_staleness": 1, "staleness_policy": "discard"},
+        {"max_staleness": 1, "staleness_policy": "cancel"},
+    ],
+    ids=str,
+)
+async def test_every_method_has_a_run_that_trains(home, config, values):
+    result, events = await run(home, {**config, "env_options": {"seconds": "0.01"}, **values})
+    assert result.status == "completed"
+    assert len(of(events, e.RLStep)) == 5
+    assert any(event.grad_norm > 0 for event in of(events, e.TrainingStep))
+    assert all(np.isfinite(event.loss) for event in of(events, e.TrainingStep))
+    if values.get("staleness_policy"):
+        assert of(events, e.PipelineMeasured)[-1].staleness_max <= 1
+
+
 async def test_crashing_environments_are_told_apart_from_bad_answers(home, config):
     values = {**config, "env_options": {"crash": "0.3"}, "num_rollouts": 8, "max_staleness": 1, "rollout_attempts": 3}
     result, events = await run(home, values)

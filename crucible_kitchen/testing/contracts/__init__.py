@@ -20,6 +20,8 @@ from crucible_kitchen.testing.contracts.blob_store import BLOB_STORE as BLOB_STO
 from crucible_kitchen.testing.contracts.blob_store import BlobStoreCase as BlobStoreCase
 from crucible_kitchen.testing.contracts.dataset_store import DATASET_STORE as DATASET_STORE
 from crucible_kitchen.testing.contracts.dataset_store import DatasetStoreCase as DatasetStoreCase
+from crucible_kitchen.testing.contracts.environment import ENVIRONMENT as ENVIRONMENT
+from crucible_kitchen.testing.contracts.environment import EnvironmentCase as EnvironmentCase
 from crucible_kitchen.testing.contracts.evaluator import EVALUATOR as EVALUATOR
 from crucible_kitchen.testing.contracts.evaluator import EvaluatorCase as EvaluatorCase
 from crucible_kitchen.testing.contracts.llm_client import LLM_CLIENT as LLM_CLIENT
@@ -34,6 +36,7 @@ from crucible_kitchen.testing.contracts.training_client import TrainingClientCas
 __all__ = [
     "BLOB_STORE",
     "DATASET_STORE",
+    "ENVIRONMENT",
     "EVALUATOR",
     "LLM_CLIENT",
     "MODEL_REGISTRY",
@@ -41,6 +44,7 @@ __all__ = [
     "TRAINING_CLIENT",
     "BlobStoreCase",
     "DatasetStoreCase",
+    "EnvironmentCase",
     "EvaluatorCase",
     "LLMClientCase",
     "ModelRegistryCase",
