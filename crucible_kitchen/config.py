@@ -68,7 +68,7 @@ class ModelConfig(RunConfig):
     """``tiny`` (built in), a local directory, a GGUF file, or a hub id."""
 
     lora_rank: int | None = Field(default=None, ge=0)
-    """Rank of the LoRA adapters; 0 trains all weights. Unset: 0 for ``tiny``, 16 for others."""
+    """Rank of the LoRA adapters; 0 trains all weights. Unset: 0 for ``tiny`` and ``mlp``, 16 for others."""
 
     lora_alpha: float = Field(default=32.0, gt=0)
     """LoRA's numerator: updates are scaled by ``lora_alpha / lora_rank``."""
@@ -84,7 +84,7 @@ class ModelConfig(RunConfig):
 
     def lora(self) -> LoraSpec | None:
         """Return the LoRA to train, or None for all weights."""
-        rank = self.lora_rank if self.lora_rank is not None else (0 if self.model == "tiny" else 16)
+        rank = self.lora_rank if self.lora_rank is not None else (0 if self.model in ("tiny", "mlp") else 16)
         return LoraSpec(rank, self.lora_alpha, self.lora_dropout, self.lora_targets) if rank else None
 
 

@@ -1,56 +1,32 @@
 """From datums to gradients: micro-batches under a token budget, and sums in a fixed order.
 
-Knows models and losses, not optimizers or sessions. Read next: ``logprobs.py`` and ``trainer.py``.
+Knows models and losses, not optimizers or sessions. Read next: ``outputs.py`` and ``trainer.py``.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crucible_kitchen.errors import BackendUserError, TrainingError
+from crucible_kitchen.learner.numerics import spread
 from crucible_kitchen.learner.terms import of_outputs
-from crucible_kitchen.types import Array, Datum, Float64Array, Loss, OutputsLoss, OutputsLossValue
-from crucible_kitchen_torch.logprobs import token_logprobs
+from crucible_kitchen.types import Array, Datum, Float64Array, Loss, OutputsLoss, reads
+from crucible_kitchen_torch.logits import Logits
 from crucible_kitchen_torch.microbatches import plan, plan_padded
 from crucible_kitchen_torch.models import CausalModel
+from crucible_kitchen_torch.outputs import Wanted, pieces, scores_of, token_outputs
 from crucible_kitchen_torch.placement import Placement
 
-__all__ = ["Accumulation", "Pass", "check_datums", "combine_metrics"]
+__all__ = ["Accumulation", "Asked", "Pass", "combine_metrics"]
 
-
-def check_datums(datums: Sequence[Datum], needed: Sequence[str], vocab_size: int, context: int) -> None:
-    """Check that the model can take these datums.
-
-    Raises:
-        BackendUserError: an input is missing or of the wrong shape, a sequence is empty or longer than the context, or
-            a token is outside the vocabulary.
-    """
-    for datum in datums:
-        problem = _problem(datum, needed, vocab_size, context)
-        if problem:
-            raise BackendUserError(f"datum {datum.key!r} {problem}")
-
-
-def _problem(datum: Datum, needed: Sequence[str], vocab_size: int, context: int) -> str:
-    tokens = datum.inputs.get("tokens")
-    if tokens is None or tokens.ndim != 1 or not len(tokens):
-        return "needs a non-empty input `tokens` of shape [T]"
-    if len(tokens) > context:
-        return f"has {len(tokens)} tokens, but the model's context is {context}"
-    for name in needed:
-        if name not in datum.loss_inputs:
-            return f"lacks the loss input {name!r}"
-        if datum.loss_inputs[name].shape != tokens.shape:
-            return f"has {name!r} of another shape than `tokens`"
-    ids = (tokens, datum.loss_inputs["target_tokens"]) if "target_tokens" in needed else (tokens,)
-    if any(int(i.min()) < 0 or int(i.max()) >= vocab_size for i in ids):
-        return f"has a token outside the vocabulary of {vocab_size}"
-    return ""
+LOGITS_AT_ONCE = 1 << 21
+"""Scores given to a loss of logits at once: 16 MB in float64, of which it makes a dozen copies."""
 
 
 class Accumulation:
@@ -103,6 +79,23 @@ class Accumulation:
         return self._sum
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a forward pass without a loss is to give.
+
+    Attributes:
+        outputs: names of outputs.
+        top: k of ``top_logprobs``.
+        check: raises once logits that are read later would be those of other weights.
+        weights: puts the weights in place that logits are read under later.
+    """
+
+    outputs: frozenset[str] = frozenset({"logprobs"})
+    top: int = 0
+    check: Callable[[], None] = lambda: None
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
 @dataclass(slots=True)
 class Pass:
     """One forward, with or without backward, over datums, a micro-batch at a time.
@@ -112,10 +105,12 @@ class Pass:
     Args:
         model: the model.
         datums: what to compute.
-        loss: ``cross_entropy``, a loss, or None for log-probabilities without gradient.
+        loss: ``cross_entropy``, a loss, or None for outputs without gradient.
         budget: positions per micro-batch.
         batches: indices of the datums of each micro-batch; None plans them.
         place: in which numbers; None computes in those of the weights.
+        value: maps hidden states [M, D] to values [M]; None without a value head.
+        asked: what to give without a loss.
     """
 
     model: CausalModel
@@ -124,14 +119,17 @@ class Pass:
     budget: int
     batches: Sequence[list[int]] | None = None
     place: Placement | None = None
-    logprobs: list[Array] = field(init=False)
+    value: Callable[[Tensor], Tensor] | None = None
+    asked: Asked = Asked()
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
     totals: list[float] = field(default_factory=list)
     metrics: list[Mapping[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.logprobs = [np.full(len(d), np.nan, dtype=np.float32) for d in self.datums]
         if len(self.datums) % self.group:
             raise BackendUserError(f"the loss takes groups of {self.group} datums, got {len(self.datums)}")
+        if "logprobs" in self.names:
+            self._room("logprobs", ())
         if self.batches is None:
             split = plan_padded if self.model.pads else plan
             self.batches = split([len(d) for d in self.datums], self.group, self.budget)
@@ -140,6 +138,16 @@ class Pass:
     def group(self) -> int:
         """How many consecutive datums the loss takes at once."""
         return 1 if self.loss is None or isinstance(self.loss, str) else self.loss.group
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The outputs to compute."""
+        return self.asked.outputs if self.loss is None else reads(self.loss)
+
+    @property
+    def logprobs(self) -> list[Array]:
+        """Log-probabilities of the targets, float32 [T] per datum, NaN where they were not computed."""
+        return self.outputs.get("logprobs", [])
 
     @property
     def total(self) -> float:
@@ -156,64 +164,169 @@ class Pass:
     def _compute(self, batch: list[int]) -> None:
         """Run one micro-batch; gradients go where autograd puts them."""
         chosen = [self._chosen(self.datums[i]) for i in batch]
-        counts = [len(c) for c in chosen]
-        if not sum(counts):
+        if not any(len(c) for c in chosen):
             return
-        device = next(self.model.module.parameters()).device
-        lengths = [len(self.datums[i]) for i in batch]
-        tokens = np.concatenate([self.datums[i].inputs["tokens"] for i in batch]).astype(np.int64, copy=False)
-        wanted = [self.datums[i].loss_inputs["target_tokens"][c] for i, c in zip(batch, chosen, strict=True)]
-        targets = torch.from_numpy(np.concatenate(wanted).astype(np.int64)).to(device)
-        with self.place.numbers() if self.place else nullcontext():
-            hidden = self.model.hidden(torch.from_numpy(tokens).to(device), lengths)
-            if sum(counts) < len(tokens):
-                starts = np.cumsum([0, *lengths[:-1]])
-                at = np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)])
-                hidden = hidden[torch.from_numpy(at).to(device)]
-            out = token_logprobs(hidden, self.model.head, targets, self.model.facts.vocab_size)
-        found = np.split(out.detach().double().cpu().numpy(), np.cumsum(counts)[:-1])
-        for i, c, values in zip(batch, chosen, found, strict=True):
-            self.logprobs[i][c] = values
-        if self.loss is not None:
-            slope = np.concatenate(self._slopes(batch, chosen, found))
-            # A scalar: with a gradient given, torch imports sympy to compare shapes, a third of a second once.
-            torch.autograd.backward((out * torch.from_numpy(slope).to(device=device, dtype=out.dtype)).sum())
+        with self._numbers():
+            hidden = self._hidden(batch, chosen)
+        if self.loss is not None and "logits" in self.names:
+            self._backward_in_pieces(batch, chosen, hidden)
+            return
+        with self._numbers():
+            found = self._outputs(hidden, batch, chosen)
+        arrays = self._kept(found, batch, chosen)
+        if self.loss is None:
+            if "logits" in self.names:
+                self._keep_logits(hidden, batch, chosen)
+            return
+        _backward(found, self._slopes(batch, chosen, arrays))
+
+    def _numbers(self) -> AbstractContextManager[None]:
+        return self.place.numbers() if self.place else nullcontext()
 
     def _chosen(self, datum: Datum) -> Array:
-        """Return the positions to compute: those with weight for cross-entropy, all for everything else."""
-        if isinstance(self.loss, str):
-            return np.flatnonzero(datum.loss_inputs["weights"])
-        return np.arange(len(datum))
+        """Return the positions to compute: all, or those with weight where the loss reads no others."""
+        weights = datum.loss_inputs.get("weights")
+        if weights is None or not (isinstance(self.loss, str) or hasattr(self.loss, "reads")):
+            return np.arange(len(datum))
+        return np.flatnonzero(weights)
 
-    def _slopes(self, batch: list[int], chosen: list[Array], found: list[Float64Array]) -> list[Float64Array]:
-        """Evaluate the loss; return d loss / d logprobs of each datum's chosen positions."""
-        if self.loss is None or isinstance(self.loss, str):
+    def _hidden(self, batch: list[int], chosen: list[Array]) -> Tensor:
+        """Return hidden states [M, D] of the chosen positions, datum by datum."""
+        lengths = [len(self.datums[i]) for i in batch]
+        given = np.concatenate([self.datums[i].inputs[self.model.facts.reads] for i in batch])
+        hidden = self.model.hidden(self._tensor(given), lengths)
+        if sum(len(c) for c in chosen) == len(given):
+            return hidden
+        starts = np.cumsum([0, *lengths[:-1]])
+        return hidden[self._tensor(np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)]))]
+
+    def _tensor(self, values: Array) -> Tensor:
+        """Return integers as int64, other numbers in those of the weights, on the model's device."""
+        weight = next(self.model.module.parameters())
+        whole = np.issubdtype(values.dtype, np.integer)
+        return torch.from_numpy(values).to(weight.device, torch.int64 if whole else weight.dtype)
+
+    def _outputs(self, hidden: Tensor, batch: list[int], chosen: list[Array]) -> dict[str, Tensor]:
+        """Return the outputs of chosen positions but for the logits, [M] or [M, k] each."""
+        names, top = self.names, self.asked.top if self.loss is None else 0
+        named = "top_logprobs" in names and not top
+        wanted = Wanted("logprobs" in names, "entropy" in names, named, top if "top_logprobs" in names else 0)
+        targets = self._inputs("target_tokens", batch, chosen) if wanted.logprobs else None
+        teacher = self._inputs("teacher_tokens", batch, chosen) if wanted.named else None
+        found = token_outputs(hidden, self.model.head, wanted, self.model.facts.vocab_size, targets, teacher)
+        if "values" in names:
+            assert self.value is not None
+            found["values"] = self.value(hidden)
+        return found
+
+    def _inputs(self, name: str, batch: list[int], chosen: list[Array]) -> Tensor:
+        wanted = [self.datums[i].loss_inputs[name][c] for i, c in zip(batch, chosen, strict=True)]
+        return self._tensor(np.concatenate(wanted).astype(np.int64))
+
+    def _room(self, name: str, width: tuple[int, ...]) -> list[Any]:
+        """Return what is kept of an output, one array per datum, made when it is first needed."""
+        if name not in self.outputs:
+            kind, nothing = (np.int64, -1) if name == "top_tokens" else (np.float32, np.nan)
+            self.outputs[name] = [np.full((len(d), *width), nothing, dtype=kind) for d in self.datums]
+        return self.outputs[name]
+
+    def _kept(self, found: Mapping[str, Tensor], batch: list[int], chosen: list[Array]) -> dict[str, list[Array]]:
+        """Keep outputs as results and return those of each datum's chosen positions, in float64."""
+        cuts = np.cumsum([len(c) for c in chosen])[:-1]
+        arrays: dict[str, list[Array]] = {}
+        for name, tensor in found.items():
+            whole = tensor.detach().cpu()
+            arrays[name] = np.split((whole if name == "top_tokens" else whole.double()).numpy(), cuts)
+            room = self._room(name, tuple(tensor.shape[1:]))
+            for i, c, values in zip(batch, chosen, arrays[name], strict=True):
+                room[i][c] = values
+        return arrays
+
+    def _keep_logits(self, hidden: Tensor, batch: list[int], chosen: list[Array]) -> None:
+        kept = self.outputs.setdefault("logits", [None] * len(self.datums))
+        for i, part in zip(batch, torch.split(hidden, [len(c) for c in chosen]), strict=True):
+            kept[i] = Logits(part.clone(), self._later, self.model.facts.vocab_size, self.asked.check)
+
+    def _later(self, hidden: Tensor) -> Tensor:
+        with self.asked.weights(), self._numbers():
+            return self.model.head(hidden)
+
+    def _slopes(
+        self, batch: list[int], chosen: list[Array], found: Mapping[str, list[Float64Array]]
+    ) -> dict[str, Float64Array]:
+        """Evaluate the loss; return d loss / d output of the chosen positions, datum by datum."""
+        assert self.loss is not None
+        if isinstance(self.loss, str):
             weights = [
                 self.datums[i].loss_inputs["weights"][c].astype(np.float64) for i, c in zip(batch, chosen, strict=True)
             ]
-            self.totals += [-float(w @ values) for w, values in zip(weights, found, strict=True)]
-            return [-w for w in weights]
-        slopes: list[Float64Array] = []
+            self.totals += [-float(w @ values) for w, values in zip(weights, found["logprobs"], strict=True)]
+            return {"logprobs": -np.concatenate(weights)}
+        slopes: list[Mapping[str, Float64Array]] = []
         for start in range(0, len(batch), self.group):
             members = slice(start, start + self.group)
-            value = self._value(self.loss, found[members], [self.datums[i] for i in batch[members]])
-            self.totals.append(value.total)
-            self.metrics.append(value.metrics)
-            slopes += [own["logprobs"] for own in value.slopes]
-        return slopes
+            datums = [self.datums[i] for i in batch[members]]
+            whole = [
+                {
+                    name: spread(values[start + j], c, (len(d), *values[start + j].shape[1:]))
+                    for name, values in found.items()
+                }
+                for j, (d, c) in enumerate(zip(datums, chosen[members], strict=True))
+            ]
+            slopes += self._evaluate(self.loss, whole, [d.loss_inputs for d in datums])
+        return {name: np.concatenate([own[name][c] for own, c in zip(slopes, chosen, strict=True)]) for name in found}
 
-    def _value(
-        self, loss: Loss | OutputsLoss, logprobs: Sequence[Float64Array], datums: Sequence[Datum]
-    ) -> OutputsLossValue:
+    def _backward_in_pieces(self, batch: list[int], chosen: list[Array], hidden: Tensor) -> None:
+        """Evaluate a loss of logits on pieces of datums and send the gradient back, the scores of one piece at a time.
+
+        The output layer's gradient is complete after the last piece, the states' then goes back at once.
+        """
+        grads: list[Tensor] = []
+        for i, c, states in zip(batch, chosen, torch.split(hidden, [len(c) for c in chosen]), strict=True):
+            for at, _ in pieces(len(c), self.model.facts.vocab_size, LOGITS_AT_ONCE):
+                leaf = states[at].detach().requires_grad_()
+                with self._numbers():
+                    found = self._outputs(leaf, [i], [c[at]])
+                    found["logits"] = scores_of(self.model.head, leaf)
+                arrays = {name: parts[0] for name, parts in self._kept(found, [i], [c[at]]).items()}
+                inputs = {name: values[c[at]] for name, values in self.datums[i].loss_inputs.items()}
+                assert self.loss is not None
+                assert not isinstance(self.loss, str)
+                (slopes,) = self._evaluate(self.loss, [arrays], [inputs])
+                _backward(found, slopes)
+                grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        if hidden.requires_grad:
+            torch.autograd.backward((hidden * torch.cat(grads)).sum())
+
+    def _evaluate(
+        self,
+        loss: Loss | OutputsLoss,
+        outputs: Sequence[Mapping[str, Float64Array]],
+        inputs: Sequence[Mapping[str, Array]],
+    ) -> Sequence[Mapping[str, Float64Array]]:
+        """Evaluate one group, add up its total and metrics, and return its derivatives."""
         try:
-            value = of_outputs(loss)([{"logprobs": found} for found in logprobs], [d.loss_inputs for d in datums])
+            value = of_outputs(loss)(outputs, inputs)
         except Exception as error:
             raise TrainingError(f"the loss {loss.name!r} raised {type(error).__name__}") from error
-        if [np.shape(own["logprobs"]) for own in value.slopes] != [(len(d),) for d in datums]:
-            raise TrainingError(
-                f"the loss {loss.name!r} returned derivatives of another shape than its log-probabilities"
-            )
-        return value
+        shapes = [{name: np.shape(d) for name, d in own.items()} for own in value.slopes]
+        if shapes != [{name: found.shape for name, found in own.items()} for own in outputs]:
+            raise TrainingError(f"the loss {loss.name!r} returned derivatives of another shape than what it was given")
+        self.totals.append(value.total)
+        self.metrics.append(value.metrics)
+        return value.slopes
+
+
+def _backward(found: Mapping[str, Tensor], slopes: Mapping[str, Float64Array]) -> None:
+    """Send derivatives by outputs back through the model."""
+    # A scalar: with a gradient given, torch imports sympy to compare shapes, a third of a second once.
+    parts = [
+        (found[name] * torch.from_numpy(slope).to(device=found[name].device, dtype=found[name].dtype)).sum()
+        for name, slope in slopes.items()
+        if found[name].requires_grad
+    ]
+    if parts:
+        torch.autograd.backward(sum(parts[1:], parts[0]))
 
 
 def combine_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -73,6 +73,12 @@ class TorchTrainingClient:
             full_weights=True,
             sampling=True,
             export=True,
+            entropy=True,
+            value_head=True,
+            topk_logprobs=True,
+            full_logits=True,
+            reference=True,
+            mlp=True,
             reproducible=True,
         )
 
@@ -86,9 +92,11 @@ class TorchTrainingClient:
         Raises:
             CapabilityError: see ``TrainingClient.open_session``.
         """
-        for asked, what in ((spec.value_head, "value head"), (spec.reference, "reference"), (spec.mlp, "mlp policy")):
-            if asked:
-                raise CapabilityError(f"this backend has no {what}")
+        if (spec.model == "mlp") != (spec.mlp is not None):
+            raise CapabilityError(
+                "the model mlp, and no other, takes the sizes of observations and actions",
+                hint="model=mlp is for environments of observations, for instance env=gymnasium:CartPole-v1",
+            )
 
     @asynccontextmanager
     async def _open(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
@@ -97,7 +105,13 @@ class TorchTrainingClient:
             trainer = await lane.run(_load, spec, self._options, self._bases)
             from crucible_kitchen_torch.session import TorchSession
 
-            capabilities = replace(self.capabilities, reproducible=trainer.reproducible)
+            capabilities = replace(
+                self.capabilities,
+                reproducible=trainer.reproducible,
+                value_head=trainer.value is not None,
+                reference=spec.reference,
+                sampling=spec.mlp is None,
+            )
             async with TorchSession.opened(trainer, lane, capabilities) as session:
                 yield session
 

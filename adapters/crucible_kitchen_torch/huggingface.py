@@ -133,6 +133,15 @@ class HuggingFaceModel:
         """See ``CausalModel``."""
         return self._causal.get_output_embeddings()(hidden) if self._split else hidden
 
+    @property
+    def value_width(self) -> int:
+        """See ``CausalModel``."""
+        return self.facts.hidden_size
+
+    def valued(self, hidden: Tensor) -> Tensor:
+        """See ``CausalModel``."""
+        return hidden
+
     def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """See ``CausalModel``."""
         out = self._causal(

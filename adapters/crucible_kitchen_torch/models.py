@@ -24,13 +24,22 @@ TINY_TYPE = "crucible-tiny"
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What ``SessionInfo`` tells of a model and the executor cannot count by itself."""
+    """What ``SessionInfo`` tells of a model and the executor cannot count by itself.
+
+    ``observation_size`` is 0 for models of tokens; for a policy ``vocab_size`` is the number of its actions.
+    """
 
     architecture: str
     context_length: int
     vocab_size: int
     hidden_size: int
     end_ids: frozenset[int]
+    observation_size: int = 0
+
+    @property
+    def reads(self) -> str:
+        """The name of the model's input."""
+        return "observations" if self.observation_size else "tokens"
 
 
 class CausalModel(Protocol):
@@ -67,6 +76,15 @@ class CausalModel(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map [M, D] to scores [M, V]."""
+        ...
+
+    @property
+    def value_width(self) -> int:
+        """Width of what the value head takes."""
+        ...
+
+    def valued(self, hidden: Tensor) -> Tensor:
+        """Map what ``hidden`` gave to what the value head takes, [M, D]."""
         ...
 
     def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -115,6 +133,10 @@ def open_model(spec: SessionSpec, place: Placement, bases: BaseModels) -> Causal
         CapabilityError: the LoRA asked for does not fit the model.
         MissingExtra: a package that this model needs is not installed.
     """
+    if spec.mlp is not None:
+        from crucible_kitchen_torch.mlp import MlpModel
+
+        return MlpModel.open(spec, place)
     path = resolve(spec.model)
     if spec.model == "tiny" or (path is not None and _is_tiny(path)):
         from crucible_kitchen_torch.tiny_backend import TinyBackend

@@ -305,8 +305,17 @@ class TorchSampler:
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> Array:
         """See ``Sampler``."""
-        del sequences
-        raise CapabilityError("this model has no value head", hint="open the session with value_head=True")
+        self._check_open()
+        if self._trainer.value is None:
+            raise CapabilityError("this model has no value head", hint="open the session with value_head=True")
+        if any(len(s) == 0 for s in sequences):
+            raise BackendUserError("a sequence needs at least one token")
+        datums = [Datum({"tokens": np.asarray(s, dtype=np.int64)}, {}) for s in sequences]
+        if not datums:
+            return np.zeros(0, dtype=np.float32)
+        names = frozenset({"values"})
+        work = await self._turns.all(lambda: self._trainer.outputs(datums, names, at=self._snapshot), self._check_open)
+        return np.array([values[-1] for values in work.outputs["values"]], dtype=np.float32)
 
     def _check_open(self) -> None:
         if self.closed:

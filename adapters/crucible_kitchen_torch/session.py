@@ -3,7 +3,7 @@
 Knows no tensor. Read next: ``trainer.py``, ``sampling.py``.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from crucible_kitchen.types import (
 )
 from crucible_kitchen.workers import Lane, PendingResult, Submissions, run_sync
 from crucible_kitchen_torch.accumulate import Accumulation
+from crucible_kitchen_torch.mlp import TorchPolicy
 from crucible_kitchen_torch.sampling import TorchSampler
 from crucible_kitchen_torch.states import delete_state, write_state
 from crucible_kitchen_torch.trainer import Trainer
@@ -37,6 +38,7 @@ from crucible_kitchen_torch.turns import Turns
 __all__ = ["TorchSession"]
 
 R = TypeVar("R")
+S = TypeVar("S", TorchSampler, TorchPolicy)
 
 
 class TorchSession:
@@ -61,7 +63,7 @@ class TorchSession:
         self._scope: StepScope | None = None
         self.dropped: list[PendingResult[Any]] = []
         self._closed = False
-        self._samplers: list[TorchSampler] = []
+        self._samplers: list[TorchSampler | TorchPolicy] = []
 
     @classmethod
     @asynccontextmanager
@@ -159,12 +161,14 @@ class TorchSession:
     ) -> PendingResult[ForwardResult]:
         """See ``TrainingSession``."""
         require_outputs(self._capabilities, outputs)
-        if reference or top:
+        if reference and not self._capabilities.reference:
             raise CapabilityError("this session keeps no reference", hint="open it with reference=True")
-        return await self.submit(lambda: self._forward(tuple(datums)))
+        call, names = tuple(datums), frozenset(outputs)
 
-    async def _forward(self, datums: Sequence[Datum]) -> ForwardResult:
-        return ForwardResult(await self.turns.all(lambda: self.trainer.forward(datums)))
+        def work() -> Iterator[ForwardResult | None]:
+            return self.trainer.outputs(call, names, top, self.trainer.reference() if reference else None)
+
+        return await self.submit(lambda: self.turns.all(work))
 
     async def save_state(self, name: str) -> PendingResult[StateRef]:
         """See ``TrainingSession``; the copy is a turn of the lane, the file is written beside what follows."""
@@ -187,15 +191,23 @@ class TorchSession:
 
     async def sampler(self) -> TorchSampler:
         """See ``TrainingSession``."""
+        if self.trainer.model.facts.observation_size:
+            raise CapabilityError("this model takes observations, not tokens", hint="use session.policy()")
         snapshot = await self._call(lambda: self.turns.one(self.trainer.snapshot))
-        sampler = TorchSampler(self.trainer, snapshot, self.turns, self._group)
-        self._samplers = [s for s in self._samplers if not s.closed]
-        self._samplers.append(sampler)
-        return sampler
+        return self._held(TorchSampler(self.trainer, snapshot, self.turns, self._group))
 
     async def policy(self) -> Policy:
         """See ``TrainingSession``."""
-        raise CapabilityError("this model takes tokens, not observations", hint="use session.sampler()")
+        if not self.trainer.model.facts.observation_size:
+            raise CapabilityError("this model takes tokens, not observations", hint="use session.sampler()")
+        snapshot = await self._call(lambda: self.turns.one(self.trainer.snapshot))
+        return self._held(TorchPolicy(self.trainer, snapshot, self.turns))
+
+    def _held(self, snapshot: S) -> S:
+        """Remember a snapshot, to be closed with the session."""
+        self._samplers = [s for s in self._samplers if not s.closed]
+        self._samplers.append(snapshot)
+        return snapshot
 
     async def export(self, directory: str) -> ExportedModel:
         """See ``TrainingSession``."""

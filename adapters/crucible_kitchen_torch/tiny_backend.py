@@ -58,6 +58,15 @@ class TinyBackend:
         """See ``CausalModel``."""
         return self._model.lm_head(hidden)  # type: ignore[no-any-return]
 
+    @property
+    def value_width(self) -> int:
+        """See ``CausalModel``."""
+        return self.facts.hidden_size
+
+    def valued(self, hidden: Tensor) -> Tensor:
+        """See ``CausalModel``."""
+        return hidden
+
     def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """See ``CausalModel``."""
         if cache is None:

@@ -7,20 +7,23 @@ Read next: ``session.py``, its async face.
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from crucible_kitchen.errors import BackendUserError, NonFiniteLoss
+from crucible_kitchen.errors import BackendUserError, NonFiniteLoss, SessionLost
+from crucible_kitchen.ports.training_client import needed_inputs
 from crucible_kitchen.types import (
     AdamParams,
     Array,
     Datum,
     ExportedModel,
     ForwardBackwardResult,
+    ForwardResult,
     JsonObject,
     Loss,
     OptimResult,
@@ -28,13 +31,16 @@ from crucible_kitchen.types import (
     SessionInfo,
     SessionSpec,
     StateRef,
+    reads,
 )
-from crucible_kitchen_torch.accumulate import Accumulation, Pass, check_datums, combine_metrics
+from crucible_kitchen_torch.accumulate import Accumulation, Asked, Pass, combine_metrics
 from crucible_kitchen_torch.bases import BaseModels
+from crucible_kitchen_torch.checks import check_datums, check_top
 from crucible_kitchen_torch.faults import is_out_of_memory
+from crucible_kitchen_torch.heads import ValueHead
 from crucible_kitchen_torch.invariance import TOLERANCE, compare, other_split
 from crucible_kitchen_torch.memory import peak_memory
-from crucible_kitchen_torch.models import open_model
+from crucible_kitchen_torch.models import open_model, resolve
 from crucible_kitchen_torch.optim import Adam
 from crucible_kitchen_torch.options import TorchOptions
 from crucible_kitchen_torch.placement import placement
@@ -95,11 +101,14 @@ class Trainer:
         with self.rng.borrow():
             self.model = open_model(spec, self.place, bases or BaseModels())
         self._module = self.model.module.eval()
+        self.value = self._value_head()
         self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
-        self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-        self._kept = dict(self._module.named_parameters()) if self.model.from_seed else self._params
+        head = {f"value_head.{n}": p for n, p in self.value.named_parameters()} if self.value is not None else {}
+        self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad} | head
+        self._kept = dict(self._module.named_parameters()) | head if self.model.from_seed else self._params
         self._adam = Adam(self._params)
         self._snapshot: Snapshot | None = None
+        self._reference = self._frozen() if spec.reference else None
         self._verify = options.verify_invariance
         self._notes: dict[str, float] = {}  # metrics of the next step
         self._halved = False
@@ -112,7 +121,7 @@ class Trainer:
         return SessionInfo(
             model=self._spec.model,
             architecture=facts.architecture,
-            parameters=sum(p.numel() for p in self._module.parameters()),
+            parameters=sum(p.numel() for p in self._module.parameters()) + self._head_size(),
             trainable_parameters=sum(p.numel() for p in self._params.values()),
             context_length=facts.context_length,
             vocab_size=facts.vocab_size,
@@ -122,6 +131,33 @@ class Trainer:
             dtype=str(self.place.dtype).removeprefix("torch."),
         )
 
+    def _value_head(self) -> ValueHead | None:
+        """Return the value head of a session that asked for one, or whose model was exported with one."""
+        exported = resolve(self._spec.model) if self._spec.mlp is None else None
+        if not self._spec.value_head and not ValueHead.is_in(exported):
+            return None
+        head = ValueHead(self.model.value_width, self.place.device, self.place.weights)
+        head.read(exported)
+        return head
+
+    def _head_size(self) -> int:
+        return sum(p.numel() for p in self.value.parameters()) if self.value is not None else 0
+
+    @torch.no_grad()
+    def _frozen(self) -> Snapshot:
+        """Return the weights that are trained, as they are at the beginning."""
+        kept = Snapshot(0)
+        kept.weights = {n: p.detach().clone() for n, p in self._params.items()}
+        return kept
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        assert self.value is not None
+        return self.value(self.model.valued(hidden))  # type: ignore[no-any-return]
+
+    def _forget_grads(self) -> None:
+        for p in (*self._module.parameters(), *self._params.values()):
+            p.grad = None
+
     def gradient(
         self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss, into: Accumulation, order: int | None
     ) -> Iterator[ForwardBackwardResult | None]:
@@ -129,7 +165,7 @@ class Trainer:
 
         The accumulation is touched at the end only: what is broken off leaves nothing behind.
         """
-        self._check(datums, ("target_tokens", "weights") if isinstance(loss, str) else ("target_tokens",))
+        self._check(datums, ("target_tokens", "weights") if isinstance(loss, str) else needed_inputs(reads(loss)))
         into.admit(order)
         halved = self._halved
         work = yield from self._backward(datums, loss)
@@ -147,6 +183,7 @@ class Trainer:
             tokens=sum(len(d) for d in datums),
             logprobs=work.logprobs,
             metrics=combine_metrics([*work.metrics, *said]),
+            outputs=_besides_logprobs(work),
         )
 
     def _backward(
@@ -157,12 +194,12 @@ class Trainer:
         The first lack of memory halves the micro-batches, for this call and all later ones.
         """
         while True:
-            work = Pass(self.model, datums, loss, self.budget, batches, self.place)
-            self._module.zero_grad(set_to_none=True)
+            work = Pass(self.model, datums, loss, self.budget, batches, self.place, self._values)
+            self._forget_grads()
             try:
                 yield from work.run() if batches else self._in_training_mode(work.run())
             except Exception as error:
-                self._module.zero_grad(set_to_none=True)
+                self._forget_grads()
                 if not is_out_of_memory(error) or not self._halve(work):
                     raise
             else:
@@ -186,7 +223,7 @@ class Trainer:
     def _taken(self) -> list[Tensor]:
         """Return the gradient that autograd left and leave none."""
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params.values()]
-        self._module.zero_grad(set_to_none=True)
+        self._forget_grads()
         return grads
 
     def _gate_is_due(self, work: Pass) -> bool:
@@ -215,18 +252,55 @@ class Trainer:
 
     def forward(self, datums: Sequence[Datum], at: Snapshot | None = None) -> Iterator[list[Array] | None]:
         """Compute target log-probabilities, one micro-batch per turn; the result comes last."""
-        self._check(datums, ("target_tokens",))
-        work = Pass(self.model, datums, None, self.budget, place=self.place)
+        for found in self.outputs(datums, frozenset({"logprobs"}), at=at):
+            yield None if found is None else list(found.logprobs)
+
+    def outputs(
+        self, datums: Sequence[Datum], names: frozenset[str], top: int = 0, at: Snapshot | None = None
+    ) -> Iterator[ForwardResult | None]:
+        """Compute outputs without gradient, one micro-batch per turn; the result comes last.
+
+        Args:
+            datums: of what.
+            names: which outputs.
+            top: k of ``top_logprobs``.
+            at: under which weights; None: the live ones.
+        """
+        self._check(datums, ("target_tokens",) if "logprobs" in names else ())
+        if "top_logprobs" in names:
+            check_top(top, self.model.facts)
+        asked = Asked(names, top, self._still(self.position), lambda: self.weights(at))
+        work = Pass(self.model, datums, None, self.budget, place=self.place, value=self._values, asked=asked)
         turns = work.run()
         more = True
         while more:
             with self.weights(at):
                 more = next(turns, _END) is not _END
             yield None
-        yield work.logprobs
+        yield ForwardResult(work.logprobs, _besides_logprobs(work))
+
+    def reference(self) -> Snapshot:
+        """Return the weights as they were when the session was opened.
+
+        Raises:
+            BackendUserError: they were not kept.
+        """
+        if self._reference is None:
+            raise BackendUserError("this session keeps no reference", hint="open it with reference=True")
+        return self._reference
+
+    def _still(self, position: int) -> Callable[[], None]:
+        def check() -> None:
+            if self.position != position:
+                raise SessionLost(
+                    f"these logits are of step {position}, and the session is at step {self.position}",
+                    hint="read them before the next step, or ask for them again",
+                )
+
+        return check
 
     def _check(self, datums: Sequence[Datum], needed: Sequence[str]) -> None:
-        check_datums(datums, needed, self.model.facts.vocab_size, self.model.facts.context_length)
+        check_datums(datums, needed, self.model.facts)
 
     def _in_training_mode(self, work: Iterator[None]) -> Iterator[None]:
         """Turn the adapters' dropout on during each turn; the base model's own dropout stays off.
@@ -283,13 +357,14 @@ class Trainer:
         if at is None or at.weights is None:
             yield
             return
-        live = {n: p.data for n, p in self._kept.items()}
-        for n, p in self._kept.items():
+        swapped = {n: self._kept[n] for n in at.weights}
+        live = {n: p.data for n, p in swapped.items()}
+        for n, p in swapped.items():
             p.data = at.weights[n]
         try:
             yield
         finally:
-            for n, p in self._kept.items():
+            for n, p in swapped.items():
                 p.data = live[n]
 
     @property
@@ -343,7 +418,14 @@ class Trainer:
         path = Path(directory)
         if not path.is_dir() or any(path.iterdir()):
             raise BackendUserError("export needs a directory that exists and is empty", hint="make a new directory")
-        return self.model.export(path)
+        exported = self.model.export(path)
+        if self.value is None:
+            return exported
+        return replace(exported, files=(*exported.files, self.value.save(path)))
+
+
+def _besides_logprobs(work: Pass) -> dict[str, list[Array]]:
+    return {name: found for name, found in work.outputs.items() if name != "logprobs"}
 
 
 def _weight(datum: Datum) -> float:

@@ -256,6 +256,7 @@ async def distilling_lowers_the_divergence(case: TrainingClientCase) -> None:
     for output, loss, metric in tried:
         async with case.session(seed=2) as teacher, case.session() as student:
             datums = batch(student)
+            await train(teacher, [datums], case.optimizer())  # two seeds of a model from a file are one model
             said = (await (await teacher.forward(datums, outputs=(output,), top=4))).outputs
             names = {"top_logprobs": "teacher_logprobs", "top_tokens": "teacher_tokens", "logits": "teacher_logits"}
             taught = [
