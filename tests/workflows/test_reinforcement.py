@@ -195,7 +195,7 @@ async def test_several_passes_and_minibatches_are_real_optimizer_steps(home, con
         {"advantage": "centred"},
         {"advantage": "maxrl"},
         {"advantage": "dr_grpo"},
-        {"loss": "gspo", "ppo_epochs": 2},
+        {"loss": "gspo"},
         {"loss": "cispo", "ppo_epochs": 2},
         {"loss": "decoupled_ppo", "max_staleness": 2, "ppo_epochs": 2},
         {"clip_epsilon": 0.2, "clip_epsilon_high": 0.28, "aggregation": "token_mean", "ppo_epochs": 2},
