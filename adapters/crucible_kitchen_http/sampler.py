@@ -1,7 +1,7 @@
-"""A sampler on a server: one request per call, which waits for its own answer.
+"""A sampler on a server.
 
 Requests have numbers, so that one whose reply was lost is asked for again and not drawn twice. Knows no training. Read
-next: ``crucible_kitchen_http.endpoint``.
+next: ``crucible_kitchen_http.batches``.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,11 @@ import numpy as np
 from crucible_kitchen.errors import BackendError, BackendUserError, CapabilityError, CrucibleError, SessionLost
 from crucible_kitchen.ports import Tokenizer
 from crucible_kitchen.types import Array, JsonObject, Sampled, SamplingParams
-from crucible_kitchen.wire.codec import dumps
 from crucible_kitchen.workers import run_sync
-from crucible_kitchen_http.endpoint import Endpoint, accepted
+from crucible_kitchen_http.batches import Batches
+from crucible_kitchen_http.endpoint import Endpoint
 
 __all__ = ["HttpSampler"]
-
-_WAIT = 30.0
-"""Seconds that the server may hold the submission for its result."""
 
 
 class HttpSampler:
@@ -40,6 +37,7 @@ class HttpSampler:
         self._tokenizer = tokenizer
         self._version = version
         self._extended = extended
+        self._batches = Batches(endpoint, name)
         self._number = 0
         self._closed = False
 
@@ -74,7 +72,7 @@ class HttpSampler:
         if not self._extended:
             return [await self._prompt_logprobs(sequence) for sequence in asked]
         body = self._body([], SamplingParams(max_tokens=1), 1)
-        answer = await self._ask(body | {"crucible": {"score": asked, "wait": _WAIT}})
+        answer = await self._ask(body | {"crucible": {"score": asked}})
         scores = (answer.get("crucible") or {}).get("scores")
         if not isinstance(scores, list) or [len(s) for s in scores] != [len(s) - 1 for s in asked]:
             raise BackendError("the server's answer does not hold one log-probability per token")
@@ -118,7 +116,7 @@ class HttpSampler:
         }
         more = {name: getattr(params, name) for name in ("mode", "raw_logprobs", "top_logprobs", "rescore")}
         if self._extended:
-            return body | {"crucible": more | {"wait": _WAIT}}
+            return body | {"crucible": more}
         asked = [name for name, value in more.items() if value not in ("fast", False, 0)]
         if asked:
             raise CapabilityError(f"the server cannot sample with {', '.join(asked)}", hint="sample locally")
@@ -129,15 +127,14 @@ class HttpSampler:
             raise SessionLost("the sampler is closed", hint="get a new one from the session")
         number = self._number
         self._number += 1
-        data = dumps(body | {"sampling_session_id": self._name, "seq_id": number})
         try:
-            answer = accepted(await self._endpoint.post("asample", data))
-            if "request_id" in answer:
-                answer = await self._endpoint.result(str(answer["request_id"]))
+            if self._extended:
+                return await self._batches.ask(number, body)
+            asked = body | {"sampling_session_id": self._name, "seq_id": number}
+            return await self._endpoint.result(str((await self._endpoint.post("asample", asked)).get("request_id")))
         except anyio.get_cancelled_exc_class():
             await self._tell("cancel_future", {"seq_id": number})
             raise
-        return answer
 
     async def _tell(self, path: str, body: JsonObject) -> None:
         """Tell the server something that it may as well not hear."""

@@ -74,6 +74,8 @@ def training_app(server: TrainingServer, api_key: str | None) -> Starlette:
         "create_sampling_session": http.soon(server.create_sampling_session),
         "close_sampling_session": http.soon(server.close_sampling),
         "asample": http.sample,
+        "asample_batch": http.now(server.sample_batch),
+        "retrieve_samples": http.soon(server.samples),
         "cancel_future": http.now(server.cancel),
         "retrieve_future": http.retrieve,
     }
@@ -180,7 +182,7 @@ class _Http:
 
         return handle
 
-    def soon(self, call: Callable[[JsonObject], Awaitable[JsonObject]]) -> Handler:
+    def soon(self, call: Callable[[JsonObject], Awaitable[JsonObject | bytes]]) -> Handler:
         """Answer with what a coroutine returns."""
 
         async def handle(request: Request) -> Response:
@@ -211,15 +213,10 @@ class _Http:
         return _answer(self._server.finish(request.path_params["session_id"]))
 
     async def sample(self, request: Request) -> Response:
-        """Take a request to sample; its answer may stand in for the id, where the client waits for it."""
+        """Take a request to sample."""
         body = await self._body(request)
         message = parse(Sample, body)
         future = self._server.sample(body)
-        wait = min(message.crucible.wait, self._server.limits.hold) if message.crucible else 0.0
-        if wait > 0:
-            found = await self._server.futures.wait(future.id, wait)
-            if found is not None:
-                return _answer(found)
         return _answer(future.taken | {"sample_sequence_ids": [f"{future.id}-{i}" for i in range(message.num_samples)]})
 
     async def retrieve(self, request: Request) -> Response:

@@ -5,6 +5,7 @@ Calls run beside each other, so that the executor can merge them. Knows the trai
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -20,7 +21,16 @@ from crucible_kitchen.wire import messages as m
 from crucible_kitchen.wire.codec import dumps, parse, tokens_from_wire
 from crucible_kitchen.workers import run_sync
 
-__all__ = ["OpenedModel", "SamplingSession", "draw"]
+__all__ = ["OpenedModel", "SamplingSession", "draw", "draw_of_batch"]
+
+_LINGER = 0.001
+"""Seconds in which answers that end together are put together."""
+
+_MOST = 1 << 25
+"""Bytes of answers in one reply, unless one alone has more."""
+
+_FEW = 4096
+"""Tokens that are written as JSON at once; more are written in a worker thread."""
 
 
 @dataclass
@@ -62,6 +72,9 @@ class SamplingSession:
         model_path: of saved weights.
         model: in training, whose sampler ``id`` it keeps.
         opened: the model opened for it.
+        numbered: the requests, by number.
+        answers: those of batches that have ended and were not yet received.
+        answered: set when there is another.
     """
 
     id: str
@@ -70,6 +83,8 @@ class SamplingSession:
     model: TrainedModel | None = None
     opened: OpenedModel | None = None
     numbered: "OrderedDict[int, Future]" = field(default_factory=OrderedDict)
+    answers: dict[int, Future] = field(default_factory=dict)
+    answered: anyio.Event = field(default_factory=anyio.Event)
 
     async def sampler(self) -> Sampler:
         """Return the sampler, once it is open.
@@ -106,6 +121,35 @@ class SamplingSession:
             futures.release(self.numbered.popitem(last=False)[1])
         return future, True
 
+    def receive(self, numbers: Sequence[int], futures: Futures) -> None:
+        """Let go of answers that have arrived."""
+        for number in numbers:
+            future = self.answers.pop(number, None)
+            if future is not None:
+                futures.release(future)
+
+    async def gathered(self, seconds: float) -> bytes:
+        """Return the answers that are there, once there is one, as JSON by number; none if there is none in time."""
+        if not self.answers:
+            self.answered = anyio.Event()
+            with anyio.move_on_after(seconds):
+                await self.answered.wait()
+                await anyio.sleep(_LINGER)
+        told, size = [], 0
+        for number, future in self.answers.items():
+            told.append(b'"%d":%s' % (number, future.body))
+            size += len(future.body)
+            if size > _MOST:
+                break
+        return b'{"results":{' + b",".join(told) + b"}}"
+
+
+async def draw_of_batch(session: SamplingSession, number: int, future: Future, body: JsonObject) -> None:
+    """Answer one request of a batch."""
+    await draw(session, future, body)
+    session.answers[number] = future
+    session.answered.set()
+
 
 async def draw(session: SamplingSession, future: Future, body: JsonObject) -> None:
     """Answer one request; cancelling its future's scope frees its slot."""
@@ -127,8 +171,10 @@ async def _drawn(session: SamplingSession, body: JsonObject) -> bytes:
         scores = await sampler.compute_logprobs(extension.score)
         listed = [np.asarray(s).tolist() for s in scores]
         return dumps({"type": "sample", "sequences": [], "crucible": {"scores": listed}})
-    prompt = await run_sync(tokens_from_wire, message.prompt)
+    prompt = tokens_from_wire(message.prompt)
     samples = await sampler.sample(prompt.tolist(), _params(message, extension), message.num_samples)
+    if sum(len(s.tokens) for s in samples) < _FEW:
+        return _answer(samples, sampler.version, message)
     return await run_sync(_answer, samples, sampler.version, message)
 
 

@@ -22,7 +22,7 @@ from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
 from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.service.models import Limits, TrainedModel
-from crucible_kitchen.service.samplers import OpenedModel, SamplingSession, draw, not_found
+from crucible_kitchen.service.samplers import OpenedModel, SamplingSession, draw, draw_of_batch, not_found
 from crucible_kitchen.service.weights import WeightsIndex
 from crucible_kitchen.types import JsonObject, LoraSpec, SessionSpec
 from crucible_kitchen.wire import messages as m
@@ -277,6 +277,7 @@ class TrainingServer:
         for future in session.numbered.values() if session else ():
             if future.scope is not None:
                 future.scope.cancel()
+            self.futures.release(future)
 
     def sampling_session(self, name: str) -> SamplingSession:
         """Return a sampling session by its name."""
@@ -308,6 +309,26 @@ class TrainingServer:
         if new:
             self._group.start_soon(draw, session, future, body)
         return future
+
+    def sample_batch(self, body: JsonObject) -> JsonObject:
+        """Take several requests to sample; their answers are fetched by :meth:`samples`."""
+        batch = parse(m.SampleBatch, body)
+        session = self.sampling_session(batch.sampling_session_id)
+        for each in batch.requests:
+            number = _number(each, "seq_id")
+            if number is None:
+                raise BackendUserError("field 'seq_id': a request of a batch needs its number")
+            future, new = session.submit(number, self.futures, self.limits)
+            if new:
+                self._group.start_soon(draw_of_batch, session, number, future, each)
+        return {"type": "asample_batch"}
+
+    async def samples(self, body: JsonObject) -> bytes:
+        """Return answers to requests of batches, once there are some."""
+        question = parse(m.RetrieveSamples, body)
+        session = self.sampling_session(question.sampling_session_id)
+        session.receive(question.received, self.futures)
+        return await session.gathered(min(question.wait, self.limits.hold))
 
     def cancel(self, body: JsonObject) -> JsonObject:
         """Cancel a request to sample; others run to their end."""

@@ -29,7 +29,9 @@ __all__ = [
     "ModelInput",
     "OptimStep",
     "RetrieveFuture",
+    "RetrieveSamples",
     "Sample",
+    "SampleBatch",
     "SampleExtension",
     "SamplingFields",
     "SaveWeights",
@@ -254,12 +256,10 @@ class SampleExtension(WireMessage):
     """What the profile cannot ask of a sampler.
 
     Attributes:
-        wait: seconds that the answer to the submission may wait for the result.
         score: sequences to compute log-probabilities of, instead of sampling.
         mode, raw_logprobs, top_logprobs, rescore: see ``SamplingParams``.
     """
 
-    wait: float = 0.0
     score: list[list[StrictInt]] | None = None
     mode: Literal["fast", "deterministic"] = "fast"
     raw_logprobs: StrictBool = False
@@ -276,6 +276,27 @@ class Sample(WireMessage):
     prompt_logprobs: StrictBool | None = None
     topk_prompt_logprobs: StrictInt = 0
     crucible: SampleExtension | None = None
+
+
+class SampleBatch(WireMessage):
+    """``asample_batch``, an extension: several requests to one sampling session, each with its number."""
+
+    sampling_session_id: str
+    requests: list[JsonObject] = Field(max_length=4096)
+
+
+class RetrieveSamples(WireMessage):
+    """``retrieve_samples``, an extension: wait for answers to requests that came in batches.
+
+    Attributes:
+        sampling_session_id: of which sampling session.
+        received: numbers whose answers have arrived and need not be kept.
+        wait: seconds to wait for the first.
+    """
+
+    sampling_session_id: str
+    received: list[StrictInt] = []
+    wait: float = Field(default=0.0, ge=0)
 
 
 class RetrieveFuture(WireMessage):
