@@ -35,6 +35,7 @@ _MOST = TrainingCapabilities(
     full_weights=True,
     sampling=True,
     export=True,
+    reference=True,
     reproducible=True,
 )
 """What a server of ours can do; a session is narrowed to what its own server says."""
