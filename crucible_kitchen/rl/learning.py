@@ -62,11 +62,6 @@ class TrainableGroup:
     returns: Float64Array
     divisor: float
 
-    @property
-    def divisors(self) -> list[float]:
-        """What each datum adds to that number."""
-        return [float(d.loss_inputs["divisor"][0]) for d in self.datums]
-
 
 def needed_scores(config: LearnerConfig) -> frozenset[Output]:
     """Return the outputs that the model has to give for a batch before it is learned from."""

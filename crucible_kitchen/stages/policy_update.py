@@ -30,7 +30,7 @@ from crucible_kitchen.rl.pipeline import Batch
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.rollout import ReinforcementPartsConfig, batch_because, least_members
 from crucible_kitchen.stages.training import step_rate
-from crucible_kitchen.types import Datum, ForwardBackwardResult, Loss, OutputsLoss, StepResult
+from crucible_kitchen.types import Datum, ForwardBackwardResult, IntArray, Loss, OutputsLoss, StepResult
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
@@ -116,27 +116,48 @@ async def compute_advantages(
 async def assemble_rl_batch(
     session: TrainingSession, advantages: Advantages, config: UpdateConfig, run: Run
 ) -> AsyncIterator[Minibatches]:
-    """Split the trajectories into minibatches, anew for each epoch, seeded by the run."""
-    pairs = [pair for g in advantages.groups for pair in zip(g.datums, g.divisors, strict=True)]
+    """Split the batch into minibatches, anew for each epoch, seeded by the run.
+
+    Language by whole trajectories, whose tokens see each other; observations, which do not, by single steps.
+    """
+    datums = [datum for group in advantages.groups for datum in group.datums]
+    steps = _joined(datums) if datums and "observations" in datums[0].inputs else None
+    count = len(datums) if steps is None else len(steps)
     fold = session.capabilities.step_scale != "exact"
     epochs = []
-    for epoch in range(config.ppo_epochs if pairs else 0):
-        order = np.arange(len(pairs))
+    for epoch in range(config.ppo_epochs if datums else 0):
+        order = np.arange(count)
         if config.minibatches > 1:
-            order = run.rng(f"epoch{epoch}").permutation(len(pairs))
+            order = run.rng(f"epoch{epoch}").permutation(count)
         parts = np.array_split(order, config.minibatches)
-        epochs.append(tuple(tuple(_part([pairs[i] for i in part], fold=fold)) for part in parts))
-    yield Minibatches(tuple(epochs), len(pairs))
+        chosen = [[datums[i] for i in part] if steps is None else [_taken(steps, part)] for part in parts]
+        epochs.append(tuple(tuple(_part(part, fold=fold)) for part in chosen))
+    yield Minibatches(tuple(epochs), len(datums))
 
 
-def _part(pairs: Sequence[tuple[Datum, float]], *, fold: bool) -> list[Datum]:
+def _joined(datums: Sequence[Datum]) -> Datum:
+    """Return trajectories of observations as one datum; each step has its share of what its trajectory divides by."""
+    shares = [datum.loss_inputs["divisor"] / len(datum) for datum in datums]
+    inputs = {name: np.concatenate([d.loss_inputs[name] for d in datums]) for name in datums[0].loss_inputs}
+    observations = np.concatenate([datum.inputs["observations"] for datum in datums])
+    return Datum({"observations": observations}, {**inputs, "divisor": np.concatenate(shares)}, "rollouts")
+
+
+def _taken(steps: Datum, part: IntArray) -> Datum:
+    """Return some steps as a datum."""
+    inputs = {name: values[part] for name, values in steps.loss_inputs.items()}
+    inputs["divisor"] = np.full(len(part), inputs["divisor"].sum())
+    return Datum({"observations": steps.inputs["observations"][part]}, inputs, steps.key)
+
+
+def _part(datums: Sequence[Datum], *, fold: bool) -> Sequence[Datum]:
     """Return a minibatch; a backend that does not scale a step by any number has it in the weights."""
     if not fold:
-        return [datum for datum, _ in pairs]
-    divisor = sum(d for _, d in pairs)
+        return datums
+    divisor = _divisor(datums)
     return [
         replace(datum, loss_inputs={**datum.loss_inputs, "weights": datum.loss_inputs["weights"] / divisor})
-        for datum, _ in pairs
+        for datum in datums
     ]
 
 
@@ -205,7 +226,7 @@ def _can_update(training_client: TrainingClient, config: UpdateConfig) -> None:
         )
     if config.min_group_size > config.group_size:
         raise CapabilityError("min_group_size is more than group_size")
-    if config.minibatches > config.groups_per_batch * least_members(config):
+    if config.model != "mlp" and config.minibatches > config.groups_per_batch * least_members(config):
         raise CapabilityError(
             f"{config.minibatches} minibatches are more than the trajectories that a batch has at least",
             hint="lower minibatches, or raise groups_per_batch",

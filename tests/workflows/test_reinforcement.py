@@ -272,6 +272,21 @@ async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(h
         assert f"crucible_rl_{name}{label}" in found
 
 
+async def test_minibatches_of_observations_are_made_of_single_steps(home):
+    pytest.importorskip("gymnasium")
+    values = {"model": "mlp", "lora_rank": 0, "env": "gymnasium:CartPole-v1", "group_size": 4, "groups_per_batch": 2}
+    values |= {"num_rollouts": 2, "ppo_epochs": 2, "minibatches": 5, "eval_size": 2, "learning_rate": 1e-3}
+    async with Kitchen(home=home) as kitchen:
+        handle = await kitchen.start("reinforcement", values)
+        events = [record.event async for record in handle.events()]
+        result = await handle.wait()
+    assert result.state.step.step == 20
+    steps = of(events, e.AdvantagesComputed)[-1].num_steps
+    assert abs(result.state.step.tokens - steps / 5) < 1
+    assert result.state.ppo_metrics["value_loss"] > 0
+    assert of(events, e.RolloutComplete)[0].num_trajectories == 8
+
+
 # -- every key --------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
