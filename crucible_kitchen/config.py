@@ -60,6 +60,10 @@ class RunConfig(BaseModel):
     on_failure: Literal["keep", "rollback"] = "keep"
     """``rollback``: when the run fails, stages that offer a compensation are compensated, newest first."""
 
+    def unrepeatable(self) -> str | None:
+        """Return why equal seeds may give other bits under these settings; None if they do not."""
+        return None
+
 
 class ModelConfig(RunConfig):
     """Which model is trained, and which of its weights."""

@@ -42,7 +42,7 @@ def build_manifest(
         target: where the workflow was found, if not by its name.
     """
     capabilities = _training_capabilities(adapters)
-    reproducible, why = _reproducible(capabilities)
+    reproducible, why = _reproducible(capabilities, config)
     return {
         "recipe": recipe,
         "target": target or recipe,
@@ -87,9 +87,12 @@ def _training_capabilities(adapters: Mapping[str, Any]) -> TrainingCapabilities 
     return client.capabilities if client is not None else None
 
 
-def _reproducible(capabilities: TrainingCapabilities | None) -> tuple[bool, str]:
+def _reproducible(capabilities: TrainingCapabilities | None, config: RunConfig) -> tuple[bool, str]:
     if capabilities is None:
         return True, "nothing is trained"
+    why = config.unrepeatable()
+    if why is not None:
+        return False, why
     if capabilities.reproducible:
         return True, "the training backend repeats its results bit for bit on equal seeds and threads"
     return False, "the training backend does not promise equal bits for equal seeds"

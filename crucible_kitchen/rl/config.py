@@ -78,6 +78,14 @@ class RolloutConfig(RunConfig):
     shuffle: bool = True
     """Draw problems in a seeded order, anew for every pass; else in the environment's own."""
 
+    def unrepeatable(self) -> str | None:
+        """See ``RunConfig``."""
+        if self.max_staleness:
+            return f"rollouts overlap with learning (max_staleness={self.max_staleness}): set it to 0"
+        if self.sampling == "fast" and getattr(self, "model", "") != "mlp":
+            return "sampling=fast merges requests as they come: set sampling=deterministic"
+        return super().unrepeatable()
+
 
 _OF_GAE = ("gamma", "gae_lambda", "value_coef", "value_clip")
 _OF_LOSS = {

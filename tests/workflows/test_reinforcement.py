@@ -287,6 +287,20 @@ async def test_minibatches_of_observations_are_made_of_single_steps(home):
     assert of(events, e.RolloutComplete)[0].num_trajectories == 8
 
 
+@pytest.mark.parametrize(
+    ("values", "repeats", "why"),
+    [
+        ({}, True, "bit for bit"),
+        ({"max_staleness": 1}, False, "max_staleness=1"),
+        ({"sampling": "fast"}, False, "sampling=deterministic"),
+    ],
+)
+def test_the_manifest_says_whether_a_run_can_be_repeated(home, config, values, repeats, why):
+    result = Kitchen({"training_client": "noop"}, home=home).check("reinforcement", {**config, **values})
+    assert result.manifest["reproducible"] is repeats
+    assert why in result.manifest["reproducible_because"]
+
+
 # -- every key --------------------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Any] = {
