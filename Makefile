@@ -55,7 +55,7 @@ bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 peers: $(DEV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0 stable-baselines3==2.9.2
 	test -x .peers/tinker-sdk/bin/python || $(PYTHON) -m venv .peers/tinker-sdk
 	.peers/tinker-sdk/bin/python -m pip install -qq --disable-pip-version-check --no-compile tinker==0.23.4
 	$(BIN)/pytest -m peers --durations=5
