@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-_TIMES = ("tokens_per_sec", "duration_s", "_s", "seconds")
+_TIMES = (
+    "tokens_per_sec",
+    "duration_s",
+    "_s",
+    "seconds",
+    "overlap_efficiency",
+    "learner_idle_share",
+    "queue_depth",
+    "in_flight",
+)
 """Measurements that say how fast the machine was: two equal runs differ in them."""
 
 _ELSEWHERE = ("config", "config_hash")

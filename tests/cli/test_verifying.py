@@ -62,3 +62,25 @@ def test_a_run_of_other_code_is_refused_by_name(cli: Any, flows: Path) -> None:
     assert ended.code == 2
     assert "run.changed" in ended.err
     assert "code was" in ended.err
+
+
+def test_a_reinforcement_run_in_turn_is_the_same_bit_for_bit_and_an_overlapping_one_is_not_tried(cli: Any) -> None:
+    rl = (
+        "reinforcement",
+        "model=tiny",
+        "lora_rank=0",
+        "env=sums",
+        "num_rollouts=3",
+        "groups_per_batch=2",
+        "eval_size=2",
+    )
+    rl = (*rl, "advantage=grpo", "sampling=deterministic", "--adapter", "training_client=noop", "--json")
+    ended = cli("run", *rl)
+    assert ended.code == 0, ended.err
+    again = cli("verify", ended.json["run_id"], "--json")
+    assert again.code == 0, again.err
+    assert again.json["same"] is True
+    overlapping = cli("run", *rl, "max_staleness=1")
+    refused = cli("verify", overlapping.json["run_id"])
+    assert refused.code == 2
+    assert "max_staleness=1" in refused.err
