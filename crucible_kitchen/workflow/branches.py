@@ -67,7 +67,7 @@ class Branches:
     async def _branch(self, nodes: Sequence[Node], fork: Frame) -> None:
         try:
             async with self._slots:
-                await self._body(nodes, fork, f"{fork.prefix}/{_name(nodes)}#branch")
+                await self._body(nodes, fork, f"{fork.prefix}/{_name(nodes)}#branch{fork.depth}")
             self._joined.append(fork)
         except anyio.get_cancelled_exc_class() as cancelled:
             self._asides += getattr(cancelled, "__notes__", ())  # what failed while this branch was closed

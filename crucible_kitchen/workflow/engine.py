@@ -398,7 +398,7 @@ class _Engine:
 
     async def _close_all(self, block: Block, frame: Frame) -> None:
         """Close a block's resources newest first; what goes wrong joins the block's failures. Never raises."""
-        if self._checkpoints is not None and frame.sessions and frame.sessions[0].block is block:
+        if self._checkpoints is not None and any(opened.block is block for opened in frame.sessions):
             with anyio.move_on_after(frame.config.grace):
                 await self._checkpoints.settle(frame.sessions[0])
         for live in reversed(block.live):

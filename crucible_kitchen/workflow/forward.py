@@ -78,11 +78,15 @@ class Forward:
     def restore(self, frame: Frame) -> None:
         """Put the state that a frame had at the checkpoint into it.
 
+        What the frame has already is left as it is: a branch is told from the state at its fork by identity.
+
         Raises:
             ReplayMismatch: it cannot be read back.
         """
         for name, (value, origin) in decoded(self.saved.data["values"].get(frame.base, {}), self._types).items():
-            frame.write(name, value, origin)
+            known = frame.origins.get(name)
+            if known is None or known.writer != origin.writer or frame.values[name] != value:
+                frame.write(name, value, origin)
 
 
 def decoded(entries: Mapping[str, JsonObject], types: Mapping[str, Any]) -> dict[str, tuple[Any, Origin]]:

@@ -105,6 +105,7 @@ class Frame:
         outer: the frame that this one was forked from.
         forward: the checkpoint's place that the walk is on its way to, after it has loaded one.
         fenced: a session is open that other branches use too: no checkpoint can be taken here.
+        depth: how many branches this one stands inside of.
     """
 
     values: dict[str, Any]
@@ -121,6 +122,7 @@ class Frame:
     outer: "Frame | None" = None
     forward: "Forward | None" = None
     fenced: bool = False
+    depth: int = 0
 
     def fork(self) -> "Frame":
         """Return a frame that sees this state and writes into a copy."""
@@ -135,7 +137,7 @@ class Frame:
 
     def branch(self) -> "Frame":
         """Return a fork for a branch of a ``Parallel``, which others run beside."""
-        return replace(self.fork(), fenced=bool(self.sessions))
+        return replace(self.fork(), fenced=bool(self.sessions), depth=self.depth + 1)
 
     def fail(self, block: Block, error: Exception) -> None:
         """Put a failure down in the order of time."""
