@@ -1,10 +1,11 @@
 """Fixtures that every test has: the async backend, a home of its own, and a guard against anything left behind."""
 
+import gc
 import os
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import pytest
 
 IDLE = ("AnyIO worker thread", "Trio thread", "asyncio_", "ThreadPoolExecutor")
 """Pool threads that run nobody's code; they are kept for the next call."""
+
+
+PATIENCE = 5.0
+"""Seconds that what was closed gets to be gone."""
 
 
 @pytest.fixture
@@ -28,9 +33,9 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Temporary folders of this session stand in a place of their own, where nobody else's are taken for them."""
+    """Temporary folders of a test stand in a place of their own, where nobody else's are taken for them."""
     place = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(place))
@@ -51,15 +56,15 @@ def _children() -> set[str]:
     return found
 
 
-def _sockets() -> Counter[str]:
+def _sockets() -> set[str]:
     """Return the open sockets of this process, where the system says so."""
-    found: Counter[str] = Counter()
+    found: set[str] = set()
     with suppress(OSError):
         for entry in os.scandir("/proc/self/fd"):
             with suppress(OSError):
                 target = os.readlink(entry.path)
                 if target.startswith("socket:"):
-                    found[target] += 1
+                    found.add(target)
     return found
 
 
@@ -67,23 +72,25 @@ def _folders() -> set[str]:
     return {name for name in os.listdir(tempfile.gettempdir()) if "crucible" in name}
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    """Whatever a test starts is gone when it ends: threads, child processes, temporary folders.
+def _gone(look: Callable[[], set[str]], before: set[str]) -> set[str]:
+    """Return what is still there of what came since; the other side of what was closed gets a moment to end."""
+    end = time.monotonic() + PATIENCE
+    while (left := look() - before) and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    return left
 
-    Tasks are held to it in the suites that start some. What fixtures of a wider scope opened before is not the test's.
+
+@pytest.fixture
+def nothing_is_left_behind(own_temporary_folder: None) -> Iterator[None]:
+    """Whatever a test starts is gone when it ends: threads, child processes, sockets, temporary folders.
+
+    For suites whose tests share no server: its side of a connection closes when it likes. Tasks are held to it where
+    runs are driven by hand. What fixtures of a wider scope opened before is not the test's.
     """
-    before = _threads(), _children(), _folders()
+    looks = {"threads": _threads, "processes": _children, "sockets": _sockets, "folders": _folders}
+    before = {what: look() for what, look in looks.items()}
     yield
-    after = _threads(), _children(), _folders()
-    for what, was, now in zip(("threads", "processes", "folders"), before, after, strict=True):
-        assert not now - was, f"{what} left behind: {sorted(now - was)}"
-
-
-@pytest.fixture(autouse=True)
-def no_socket_is_left_behind() -> Iterator[None]:
-    """No socket either. A module whose tests share a server says otherwise: the server's side closes when it likes."""
-    before = _sockets()
-    yield
-    left = _sockets() - before
-    assert not left, f"sockets left behind: {sorted(left)}"
+    for what, look in looks.items():
+        left = _gone(look, before[what])
+        assert not left, f"{what} left behind: {sorted(left)}"

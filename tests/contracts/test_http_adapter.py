@@ -29,11 +29,6 @@ def spoil(server, state):
     path.write_bytes(bytes(data))
 
 
-@pytest.fixture
-def no_socket_is_left_behind():
-    """The tests share a server, whose side of a connection closes when it likes."""
-
-
 @pytest.fixture(scope="module")
 def torch_server(tmp_path_factory):
     from crucible_kitchen.testing.training_server import RunningServer

@@ -1,7 +1,5 @@
 """A kitchen on noop adapters, in a home of the test's own."""
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +43,5 @@ def kitchen(home: Path) -> Kitchen:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    """Whatever a test starts is gone when it ends; anyio's idle workers do not count."""
-    before = set(threading.enumerate())
-    yield
-    left = [t.name for t in set(threading.enumerate()) - before if "AnyIO" not in t.name]
-    assert not left, f"threads left behind: {left}"
+def nothing_is_left(nothing_is_left_behind: None) -> None:
+    """Hold every run to it."""

@@ -19,11 +19,6 @@ from crucible_kitchen_torch import TorchTrainingClient
 STEPS = 8
 
 
-@pytest.fixture
-def no_socket_is_left_behind():
-    """The tests share a server, whose side of a connection closes when it likes."""
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     with RunningServer("tiny", tmp_path_factory.mktemp("server"), "a-key", threads=1) as running:

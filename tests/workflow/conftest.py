@@ -1,7 +1,6 @@
 """What the engine's tests share: both backends, a log in memory, and a guard against anything left behind."""
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,5 @@ def run_workflow(log: Log, tmp_path: Path) -> Runner:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    """Fail a test that leaves a thread; every run of ``run_workflow`` is held to its tasks besides."""
-    before = set(threading.enumerate())
-    yield
-    left = [t for t in threading.enumerate() if t not in before and not t.name.startswith(("AnyIO", "Trio"))]
-    assert not left, f"threads left behind: {left}"
+def nothing_is_left(nothing_is_left_behind: None) -> None:
+    """Every run of ``run_workflow`` is held to its tasks besides."""
