@@ -29,6 +29,7 @@ ENVIRONMENTS = 8
 CONFIG: dict[str, Any] = {
     "model": "mlp",
     "env": "gymnasium:CartPole-v1",
+    "env_options": {"isolation": "none"},  # as there: in the same process
     "lora_rank": 0,
     "group_size": ENVIRONMENTS,
     "min_group_size": ENVIRONMENTS,

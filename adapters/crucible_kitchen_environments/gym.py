@@ -9,16 +9,19 @@ import importlib
 import json
 from contextlib import AsyncExitStack
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 import numpy as np
 
-from crucible_kitchen.errors import ConfigError, MissingExtra
+from crucible_kitchen.errors import ConfigError, MissingExtra, WorkerRaised
 from crucible_kitchen.ports.environment import Space, VectorTransition
 from crucible_kitchen.types import Array, IntArray
-from crucible_kitchen.workers import ProcessLane, ProcessPool
+from crucible_kitchen.workers import ProcessLane, ProcessPool, run_sync
 from crucible_kitchen_environments.options import amount, faults_of, value, whole
+
+if TYPE_CHECKING:
+    from crucible_kitchen_environments.gym_worker import Copies
 
 __all__ = ["GymnasiumEnvironments"]
 
@@ -34,6 +37,8 @@ class GymnasiumEnvironments:
         problems: sets of initial states to train on.
         workers: worker processes, that is groups at once.
         step_timeout: seconds one batched step may take.
+        isolation: ``process``; or ``none``, which steps the copies on the event loop: for environments that never
+            block and take microseconds, such as CartPole, where a process costs more than the step.
         settings: the environment's own keyword arguments.
 
     Raises:
@@ -42,7 +47,14 @@ class GymnasiumEnvironments:
     """
 
     def __init__(
-        self, task: str, *, problems: str = "10000", workers: str = "8", step_timeout: str = "30", **settings: str
+        self,
+        task: str,
+        *,
+        problems: str = "10000",
+        workers: str = "8",
+        step_timeout: str = "30",
+        isolation: str = "process",
+        **settings: str,
     ) -> None:
         self.name = f"gymnasium:{task}"
         self._task = task
@@ -50,6 +62,9 @@ class GymnasiumEnvironments:
         self._timeout = amount(self.name, "step_timeout", step_timeout)
         self._workers = whole(self.name, "workers", workers)
         self._settings: dict[str, Any] = {key: value(str(text)) for key, text in settings.items()}
+        if isolation not in ("process", "none"):
+            raise ConfigError(f"the environment {self.name!r}: isolation={isolation!r} is no 'process' or 'none'")
+        self._isolation = isolation
         self._first = 0
         self._pool: ProcessPool | None = None
         try:
@@ -105,7 +120,7 @@ class GymnasiumEnvironments:
         """Return a hundred other sets of initial states; none for those."""
         if self._first:
             return None
-        other = GymnasiumEnvironments(self._task, problems="100", workers=str(self._workers))
+        other = GymnasiumEnvironments(self._task, problems="100", workers=str(self._workers), isolation=self._isolation)
         other._settings, other._timeout, other._first = self._settings, self._timeout, self._problems
         return other
 
@@ -113,6 +128,9 @@ class GymnasiumEnvironments:
         """Make copies in a worker process; waits while all of them are at work."""
         if not 0 <= problem < self._problems:
             raise IndexError(f"{self.name} has no problem {problem}")
+        key = (seed, self._first + problem)
+        if self._isolation == "none":
+            return await self._open_here(size, key)
         if self._pool is None:
             self._pool = ProcessPool(self.name, size=self._workers, timeout=self._timeout)
         held = AsyncExitStack()
@@ -123,7 +141,15 @@ class GymnasiumEnvironments:
         except BaseException:
             await held.aclose()
             raise
-        return _Copies(self.name, lane, size, (seed, self._first + problem), held)
+        return _Copies(self.name, lane, size, key, held)
+
+    async def _open_here(self, size: int, key: tuple[int, int]) -> "_Copies":
+        from crucible_kitchen_environments.gym_worker import Copies
+
+        held = AsyncExitStack()
+        here = _Here(await run_sync(Copies, self._task, size, self._settings))
+        held.push_async_callback(run_sync, here.copies.close)
+        return _Copies(self.name, here, size, key, held)
 
     async def aclose(self) -> None:
         """End the worker processes. Idempotent."""
@@ -131,10 +157,27 @@ class GymnasiumEnvironments:
             await self._pool.aclose()
 
 
+class _Here:
+    """Copies in this process, asked like a worker."""
+
+    def __init__(self, copies: "Copies") -> None:
+        self.copies = copies
+
+    async def call(self, function: str, *arguments: Any) -> Any:
+        """Call a method of the copies; what it raises is named, as a worker would."""
+        await anyio.lowlevel.checkpoint()
+        try:
+            return getattr(self.copies, function.rpartition(":")[2])(*arguments)
+        except Exception as error:
+            raise WorkerRaised(f"{function} raised {type(error).__name__}", type(error).__name__) from error
+
+
 class _Copies:
     """One group of copies, in its worker until it is closed."""
 
-    def __init__(self, name: str, lane: ProcessLane, size: int, key: tuple[int, int], held: AsyncExitStack) -> None:
+    def __init__(
+        self, name: str, lane: "ProcessLane | _Here", size: int, key: tuple[int, int], held: AsyncExitStack
+    ) -> None:
         self._name = name
         self._lane = lane
         self._key = key

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crucible_kitchen.errors import ConfigError, EnvironmentFault, EnvironmentTimeout
+from crucible_kitchen.errors import ConfigError, EnvironmentFailure, EnvironmentFault, EnvironmentTimeout
 from crucible_kitchen.rl.rollout import Roller, RolloutRules
 from crucible_kitchen.rl.trajectories import EnvFault, Ticket, Timeout, Truncated
 from crucible_kitchen_environments.gym import GymnasiumEnvironments
@@ -37,10 +37,11 @@ async def opened() -> AsyncIterator[Callable[..., GymnasiumEnvironments]]:
         await source.aclose()
 
 
+@pytest.mark.parametrize("isolation", ["process", "none"])
 async def test_copies_go_through_the_same_states_as_the_environment_itself(
-    opened: Callable[..., GymnasiumEnvironments],
+    opened: Callable[..., GymnasiumEnvironments], isolation: str
 ) -> None:
-    source = opened("CartPole-v1")
+    source = opened("CartPole-v1", isolation=isolation)
     assert (source.space.features, source.space.actions) == (4, 2)
     group = await source.open(7, 3, seed=11)
     first = await group.reset()
@@ -139,13 +140,22 @@ async def test_a_broken_environment_becomes_a_typed_outcome_and_never_a_reward(
     assert source._pool.busy == 0
 
 
+async def test_without_a_process_a_broken_environment_is_a_fault_all_the_same(
+    opened: Callable[..., GymnasiumEnvironments],
+) -> None:
+    group = await opened("strange_gyms:Strange-v0", how="reset raises", isolation="none").open(0, 1, 0)
+    with pytest.raises(EnvironmentFault, match="raised RuntimeError"):
+        await group.reset()
+    await group.aclose()
+
+
 async def test_a_hanging_step_is_a_timeout(opened: Callable[..., GymnasiumEnvironments]) -> None:
     source = opened("strange_gyms:Strange-v0", how="hangs", step_timeout="0.5")
     group = await source.open(0, 1, 0)
     await group.reset()
     with pytest.raises(EnvironmentTimeout):
         await group.step(np.array([0]))
-    with pytest.raises(EnvironmentFault):  # its copies are gone with the process
+    with pytest.raises(EnvironmentFailure):  # its copies are gone with the process
         await group.step(np.array([0]))
     await group.aclose()
 
@@ -157,6 +167,7 @@ async def test_a_hanging_step_is_a_timeout(opened: Callable[..., GymnasiumEnviro
         ("NoSuch-v1", {}, "NoSuch-v1"),
         ("CartPole-v1", {"problems": "many"}, "problems='many'"),
         ("CartPole-v1", {"step_timeout": "-1"}, "step_timeout='-1'"),
+        ("CartPole-v1", {"isolation": "thread"}, "isolation='thread'"),
     ],
 )
 def test_what_gymnasium_does_not_have_is_one_clear_error(task: str, options: dict[str, str], says: str) -> None:
