@@ -112,8 +112,10 @@ def test_no_tensor_of_a_gradient_depends_on_lengths_padding_budget_or_order(tmp_
         found = gradients(t, datums, budget)
         worst = max(float((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True))
         # Padded attention adds in another order: in float32 that alone is up to 3e-6, less than the 7e-6 by which
-        # either way differs from float64. In float64 both are held to the same bound.
-        assert worst <= (5e-6 if t.model.pads and dtype == "float32" else tolerance)
+        # either way differs from float64. A few tokens are multiplied by other kernels than many: up to 1.1e-6, what
+        # float32 differs from float64 there. In float64 all are held to the same bound.
+        rounding = 5e-6 if t.model.pads else 1.5e-6 if sum(lengths) < 32 else tolerance
+        assert worst <= (rounding if dtype == "float32" else tolerance)
 
     law()
 
