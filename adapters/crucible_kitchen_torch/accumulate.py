@@ -18,7 +18,7 @@ from crucible_kitchen.learner.numerics import spread
 from crucible_kitchen.learner.terms import of_outputs
 from crucible_kitchen.types import Array, Datum, Float64Array, Loss, OutputsLoss, reads
 from crucible_kitchen_torch.logits import Logits
-from crucible_kitchen_torch.microbatches import plan, plan_padded
+from crucible_kitchen_torch.microbatches import plan, plan_padded, shared_beginnings
 from crucible_kitchen_torch.models import CausalModel
 from crucible_kitchen_torch.outputs import Wanted, pieces, scores_of, token_outputs
 from crucible_kitchen_torch.placement import Placement
@@ -124,15 +124,17 @@ class Pass:
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     totals: list[float] = field(default_factory=list)
     metrics: list[Mapping[str, float]] = field(default_factory=list)
+    shared: Mapping[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         if len(self.datums) % self.group:
             raise BackendUserError(f"the loss takes groups of {self.group} datums, got {len(self.datums)}")
         if "logprobs" in self.names:
             self._room("logprobs", ())
+        self.shared = shared_beginnings(self.datums, self.group) if self.model.shares and self.group > 1 else {}
         if self.batches is None:
             split = plan_padded if self.model.pads else plan
-            self.batches = split([len(d) for d in self.datums], self.group, self.budget)
+            self.batches = split([self._own(i) for i in range(len(self.datums))], self.group, self.budget)
 
     @property
     def group(self) -> int:
@@ -190,15 +192,32 @@ class Pass:
             return np.arange(len(datum))
         return np.flatnonzero(weights)
 
+    def _own(self, i: int) -> int:
+        """Return how many positions of a datum are computed for it alone."""
+        return len(self.datums[i]) - self.shared.get(i, 0)
+
     def _hidden(self, batch: list[int], chosen: list[Array]) -> Tensor:
-        """Return hidden states [M, D] of the chosen positions, datum by datum."""
-        lengths = [len(self.datums[i]) for i in batch]
-        given = np.concatenate([self.datums[i].inputs[self.model.facts.reads] for i in batch])
-        hidden = self.model.hidden(self._tensor(given), lengths)
-        if sum(len(c) for c in chosen) == len(given):
-            return hidden
+        """Return hidden states [M, D] of the chosen positions, datum by datum.
+
+        What a datum shares with the first of its group is computed there.
+        """
+        lengths = [self._own(i) for i in batch]
         starts = np.cumsum([0, *lengths[:-1]])
-        return hidden[self._tensor(np.concatenate([c + start for c, start in zip(chosen, starts, strict=True)]))]
+        skipped = [self.shared.get(i, 0) for i in batch]
+        read = self.model.facts.reads
+        given = np.concatenate([self.datums[i].inputs[read][s:] for i, s in zip(batch, skipped, strict=True)])
+        if not any(skipped):
+            hidden = self.model.hidden(self._tensor(given), lengths)
+            if sum(len(c) for c in chosen) == len(given):
+                return hidden
+        else:
+            joins = {row: (row - i % self.group, s) for row, (i, s) in enumerate(zip(batch, skipped, strict=True)) if s}
+            hidden = self.model.hidden(self._tensor(given), lengths, joins)
+        at = [
+            np.where(c < s, starts[row - i % self.group] + c, starts[row] + c - s)
+            for row, (i, s, c) in enumerate(zip(batch, skipped, chosen, strict=True))
+        ]
+        return hidden[self._tensor(np.concatenate(at))]
 
     def _tensor(self, values: Array) -> Tensor:
         """Return integers as int64, other numbers in those of the weights, on the model's device."""

@@ -79,6 +79,7 @@ class TorchTrainingClient:
             full_logits=True,
             reference=True,
             mlp=True,
+            shared_prefix=True,
             reproducible=True,
         )
 
@@ -110,6 +111,7 @@ class TorchTrainingClient:
                 reproducible=trainer.reproducible,
                 value_head=trainer.value is not None,
                 reference=spec.reference,
+                shared_prefix=trainer.model.shares,
                 sampling=spec.mlp is None,
             )
             async with TorchSession.opened(trainer, lane, capabilities) as session:

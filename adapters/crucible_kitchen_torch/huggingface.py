@@ -23,7 +23,7 @@ from crucible_kitchen_torch.lora import check_targets
 from crucible_kitchen_torch.models import ModelFacts
 from crucible_kitchen_torch.placement import Placement
 from crucible_kitchen_torch.tokenizers import HFTokenizer
-from crucible_kitchen_torch.unpadded import padded, positions, unpadded
+from crucible_kitchen_torch.unpadded import Joins, padded, positions, unpadded
 from crucible_kitchen_torch.unpadded_hf import separated, use_unpadded
 
 __all__ = ["HuggingFaceModel"]
@@ -58,6 +58,7 @@ class HuggingFaceModel:
         self._decoder = causal.get_decoder()
         self._split = self._can_split()
         self.pads = self._must_pad()
+        self.shares = not self.pads and self._can_share()
         self._base: Loaded | None = None  # kept alive for the sessions that share it
 
     @classmethod
@@ -114,15 +115,27 @@ class HuggingFaceModel:
         _log.info("%s takes no attention function: its rows are padded", self.facts.architecture)
         return True
 
-    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    @torch.no_grad()
+    def _can_share(self) -> bool:
+        """Whether a row that continues another is computed as it is whole."""
+        probe = torch.arange(1, 10, device=self._causal.device) % self.facts.vocab_size
+        whole = torch.cat([probe[:3], probe[6:]])
+        alone = torch.cat([self._states(row[None])[0] for row in (probe[:6], whole)])[[*range(6), *range(9, 12)]]
+        try:
+            shared = self._in_rows(probe, [6, 3], {1: (0, 3)})
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+            return False  # its masks are made for whole rows
+        return float((shared - alone).abs().max()) <= _PROBE_TOLERANCE * max(1.0, float(alone.abs().max()))
+
+    def hidden(self, tokens: Tensor, lengths: Sequence[int], joins: Joins | None = None) -> Tensor:
         """See ``CausalModel``; the scores themselves where the model cannot be split."""
         if self.pads:
             return unpadded(self._states(padded(tokens, lengths)), lengths)
-        return self._in_rows(tokens, lengths)
+        return self._in_rows(tokens, lengths, joins)
 
-    def _in_rows(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        with separated(lengths):
-            return self._states(tokens[None], position_ids=positions(lengths, tokens.device)[None])[0]
+    def _in_rows(self, tokens: Tensor, lengths: Sequence[int], joins: Joins | None = None) -> Tensor:
+        with separated(lengths, joins):
+            return self._states(tokens[None], position_ids=positions(lengths, tokens.device, joins)[None])[0]
 
     def _states(self, tokens: Tensor, **given: Tensor) -> Tensor:
         if self._split:

@@ -1,17 +1,42 @@
 """Which datums share a micro-batch, with padding and without.
 
-Knows lengths only. Read next: ``accumulate.py``, which computes them.
+Knows lengths and tokens, no model. Read next: ``accumulate.py``, which computes them.
 """
 
 import math
 from collections.abc import Sequence
 
-from crucible_kitchen.learner.packing import balance, best_fit_decreasing
+import numpy as np
 
-__all__ = ["plan", "plan_padded"]
+from crucible_kitchen.learner.packing import balance, best_fit_decreasing
+from crucible_kitchen.types import Datum
+
+__all__ = ["plan", "plan_padded", "shared_beginnings"]
 
 BATCH_COST = 64
 """What a micro-batch costs beside its positions, in positions: many small operations, measured on small models."""
+
+WORTH_SHARING = 16
+"""Fewest common positions that are computed once for two datums: attention in parts costs a little."""
+
+
+def shared_beginnings(datums: Sequence[Datum], group: int) -> dict[int, int]:
+    """Return how many positions a datum shares with the first of its group, by the datum's number, where worthwhile.
+
+    Each keeps at least one position of its own.
+    """
+    found: dict[int, int] = {}
+    for i, datum in enumerate(datums):
+        first = datums[i - i % group]
+        if datum is first or "tokens" not in datum.inputs:
+            continue
+        tokens, others = datum.inputs["tokens"], first.inputs["tokens"]
+        most = min(len(tokens), len(others))
+        parts = np.flatnonzero(tokens[:most] != others[:most])
+        shared = min(int(parts[0]) if len(parts) else most, len(tokens) - 1)
+        if shared >= WORTH_SHARING:
+            found[i] = shared
+    return found
 
 
 def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:

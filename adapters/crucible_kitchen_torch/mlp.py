@@ -18,6 +18,7 @@ from crucible_kitchen.types import Acted, Array, ExportedModel, MlpSpec, Session
 from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.models import ModelFacts
 from crucible_kitchen_torch.placement import Placement
+from crucible_kitchen_torch.unpadded import Joins
 
 if TYPE_CHECKING:
     from crucible_kitchen.ports.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ class MlpModel:
 
     module: nn.Module
     pads = False
+    shares = False
     from_seed = True
 
     def __init__(self, networks: _Networks, spec: MlpSpec) -> None:
@@ -98,9 +100,9 @@ class MlpModel:
         """See ``TrainingSession``; there is none."""
         raise CapabilityError("this model takes observations, not tokens", hint="use session.policy()")
 
-    def hidden(self, observations: Tensor, lengths: Sequence[int]) -> Tensor:
+    def hidden(self, observations: Tensor, lengths: Sequence[int], joins: Joins | None = None) -> Tensor:
         """See ``CausalModel``."""
-        del lengths
+        del lengths, joins
         return self._networks(observations)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:

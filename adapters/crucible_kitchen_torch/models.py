@@ -16,6 +16,7 @@ from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import ExportedModel, SessionSpec
 from crucible_kitchen_torch.bases import BaseModels
 from crucible_kitchen_torch.placement import Placement
+from crucible_kitchen_torch.unpadded import Joins
 
 __all__ = ["CausalModel", "ModelFacts", "open_model", "resolve"]
 
@@ -65,12 +66,16 @@ class CausalModel(Protocol):
     pads: bool
     """Whether ``hidden`` has to pad rows to one length."""
 
-    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    shares: bool
+    """Whether ``hidden`` takes rows that continue others."""
+
+    def hidden(self, tokens: Tensor, lengths: Sequence[int], joins: Joins | None = None) -> Tensor:
         """Map rows that stand one after another, int64 [N], to what ``head`` takes, [N, D].
 
         Args:
             tokens: the rows.
             lengths: T of each, N in all. No row sees another, and positions begin at 0 in each.
+            joins: rows that continue others: they see the first positions of those, and are numbered after them.
         """
         ...
 

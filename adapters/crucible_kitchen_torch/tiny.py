@@ -114,7 +114,10 @@ class Attention(nn.Module):
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, _: int) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    look = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=look).transpose(1, 2)
 
 
 class MLP(nn.Module):

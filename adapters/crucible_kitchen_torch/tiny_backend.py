@@ -19,7 +19,7 @@ from crucible_kitchen_torch.models import TINY_TYPE, ModelFacts
 from crucible_kitchen_torch.placement import Placement
 from crucible_kitchen_torch.tiny import TinyCache, TinyConfig, TinyModel
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
-from crucible_kitchen_torch.unpadded import positions, runs
+from crucible_kitchen_torch.unpadded import Joins, positions, runs
 
 __all__ = ["TinyBackend"]
 
@@ -29,6 +29,7 @@ class TinyBackend:
 
     module: Module
     pads = False
+    shares = True
 
     def __init__(self, model: TinyModel, *, from_seed: bool) -> None:
         self._model = model
@@ -49,10 +50,10 @@ class TinyBackend:
             add_lora(model, spec.lora)
         return cls(model, from_seed=path is None)
 
-    def hidden(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def hidden(self, tokens: Tensor, lengths: Sequence[int], joins: Joins | None = None) -> Tensor:
         """See ``CausalModel``."""
-        at = positions(lengths, tokens.device)
-        return self._model(tokens[None], positions=at, rows=runs(lengths))[0]  # type: ignore[no-any-return]
+        at = positions(lengths, tokens.device, joins)
+        return self._model(tokens[None], positions=at, rows=runs(lengths, joins))[0]  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """See ``CausalModel``."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crucible_kitchen_torch.unpadded import Run, attend_by_run, runs
+from crucible_kitchen_torch.unpadded import Joins, Run, attend_by_run, looks_back, runs
 
 __all__ = ["SDPA", "separated", "use_unpadded"]
 
@@ -28,7 +28,7 @@ _current = threading.local()  # the rows of the forward pass under way in this t
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What stands in a mask's place: the runs, and the mask of a row of each, [1, 1, T, T], or None if causal."""
+    """What stands in a mask's place: the runs, and the mask of a row of each, [1, 1, T, S], or None if causal."""
 
     runs: Sequence[Run]
     masks: Sequence[Tensor | None]
@@ -48,9 +48,9 @@ def use_unpadded(causal: Any) -> bool:
 
 
 @contextmanager
-def separated(lengths: Sequence[int]) -> Iterator[None]:
-    """Compute one row [1, N] inside the block as rows of these lengths."""
-    _current.runs = runs(lengths)
+def separated(lengths: Sequence[int], joins: Joins | None = None) -> Iterator[None]:
+    """Compute one row [1, N] inside the block as rows of these lengths, some of which may continue others."""
+    _current.runs = runs(lengths, joins)
     try:
         yield
     finally:
@@ -67,12 +67,26 @@ def _mask(**given: Any) -> Any:
     window = given.get("local_size")
     masks: list[Tensor | None] = []
     for run in found:
+        if run.shared:
+            masks.append(_looks_back(run, window, given))
+            continue
         if not given.get("use_vmap") and (window is None or run.length <= window):
             masks.append(None)
             continue
         size = {"q_length": run.length, "kv_length": run.length, "q_offset": run.start, "kv_offset": run.start}
         masks.append(sdpa_mask(**(given | size | {"allow_is_causal_skip": False})))
     return _Rows(found, masks)
+
+
+def _looks_back(run: Run, window: int | None, given: dict[str, Any]) -> Tensor:
+    """Make the mask of a row that continues another.
+
+    Raises:
+        ValueError: the model has masks of its own making.
+    """
+    if given.get("use_vmap"):
+        raise ValueError("a mask function of the model's own is made for whole rows")
+    return looks_back(run, given["device"], window)
 
 
 def _attend(
