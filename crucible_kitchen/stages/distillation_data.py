@@ -49,7 +49,6 @@ PROMPTS_AT_ONCE = 64  # prompts that a teacher is asked concurrently
 
 
 _OWN_KEYS: Mapping[str, tuple[str, ...]] = {
-    "sampling": ("on_policy", "gjsd"),
     "top_k": ("top_k",),
     "top_k_rest": ("top_k",),
     "discount": ("on_policy",),
@@ -78,8 +77,8 @@ class MethodConfig(TeacherConfig):
     """Temperature of the samples."""
 
     sampling: Literal["fast", "deterministic"] = "fast"
-    """``deterministic``: the student's samples are the same bits whatever else runs; ``fast`` merges requests as it
-    likes, so that a near-tie may fall the other way."""
+    """``deterministic``: samples are the same bits whatever else runs; ``fast`` merges requests as it likes, so that a
+    near-tie may fall the other way."""
 
     top_k: int = Field(default=16, ge=1)
     """How many of the teacher's likeliest tokens the student is shown."""
@@ -104,6 +103,12 @@ class MethodConfig(TeacherConfig):
 
     on_policy_share: float = Field(default=1.0, ge=0, le=1)
     """Share of the optimizer steps of ``gjsd`` whose answers the student samples; the teacher samples the others."""
+
+    def unrepeatable(self) -> str | None:
+        """See ``RunConfig``."""
+        if self.sampling == "fast":
+            return "sampling=fast merges requests as they come: set sampling=deterministic"
+        return super().unrepeatable()
 
     @property
     def needs_lessons(self) -> bool:
@@ -369,7 +374,10 @@ async def _taught(
     data: DistillationData, teachers: Teachers, session: TrainingSession, config: DistillationDataConfig
 ) -> Sequence[Array]:
     params = SamplingParams(
-        max_tokens=config.sample_max_tokens, temperature=config.sample_temperature, top_logprobs=_k(config)
+        max_tokens=config.sample_max_tokens,
+        temperature=config.sample_temperature,
+        top_logprobs=_k(config),
+        mode=config.sampling,
     )
     answers: list[Sampled] = []
     for start in range(0, len(data.prompts), PROMPTS_AT_ONCE):

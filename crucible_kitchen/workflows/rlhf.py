@@ -45,6 +45,10 @@ class RlhfConfig(RunConfig):
     reinforcement: ReinforcementConfig
     """Reinforcement learning: its own keys; unset, advantages compare answers to one problem (``advantage=grpo``)."""
 
+    def unrepeatable(self) -> str | None:
+        """See ``RunConfig``: the part that samples decides."""
+        return self.reinforcement.unrepeatable()
+
     @model_validator(mode="before")
     @classmethod
     def _parts_share(cls, values: Any) -> Any:

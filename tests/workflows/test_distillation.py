@@ -328,3 +328,8 @@ async def test_a_registered_model_teaches_under_its_name(home: Path) -> None:
         result = await kitchen.run("distillation", config)
     assert result.status == "completed"
     assert result.state.teacher_results["n"] == 2
+
+
+async def test_the_manifest_says_whether_a_run_can_be_repeated(kitchen: Kitchen, config: dict[str, Any]) -> None:
+    assert not kitchen.check("distillation", config).manifest["reproducible"]
+    assert kitchen.check("distillation", {**config, "sampling": "deterministic"}).manifest["reproducible"]
