@@ -176,6 +176,7 @@ async def test_jsonl_holds_every_event_once_even_when_a_batch_is_given_twice(tmp
         "event": "workflow.start",
         "recipe": "supervised",
         "config": {"model": "tiny"},
+        "attempt": 1,
     }
     assert [line["grad_norm"] for line in lines if line["event"] == "training.step"] == [0.5, None, 0.5, 0.5]
 
