@@ -56,7 +56,7 @@ class HttpTrainingClient:
     Args:
         base_url: the server, for instance ``http://127.0.0.1:8700``.
         api_key: the server's key; give it as ``env:NAME``. Never shown.
-        tokenizer: for a server that gives no tokenizer: a directory or hub id (needs transformers).
+        tokenizer: for a server that gives none: a directory or hub id (needs transformers), or a ``Tokenizer``.
         timeout: seconds that one exchange may take.
         patience: seconds for which a request is sent again while the server cannot be reached.
         max_concurrency: requests under way at once.
@@ -73,7 +73,7 @@ class HttpTrainingClient:
         *,
         base_url: str,
         api_key: SecretStr | str | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Tokenizer | None = None,
         timeout: float = 60.0,
         patience: float = 120.0,
         max_concurrency: int = 128,
@@ -119,20 +119,20 @@ class HttpTrainingClient:
     async def _session(self, remote: RemoteModel, submissions: Submissions, spec: SessionSpec) -> HttpSession:
         told = await self._endpoint.post("get_info", {"model_id": remote.model_id, "type": "get_info"})
         more = told.get("crucible")
-        if isinstance(more, dict):
+        if remote.extended and isinstance(more, dict):
             info = _info(more)
             capabilities = _narrowed(more.get("capabilities") or {})
             files = await self._endpoint.get(f"models/{remote.model_id}/tokenizer")
             tokenizer = await run_sync(tokenizer_from_files, files, info.vocab_size)
         else:
             info, capabilities = _foreign_info(told, spec), _LEAST
-            name = self._tokenizer or str((told.get("model_data") or {}).get("tokenizer_id") or spec.model)
-            tokenizer = await run_sync(load_tokenizer, name)
+            told_name = str((told.get("model_data") or {}).get("tokenizer_id") or spec.model)
+            tokenizer = await _given_tokenizer(self._tokenizer, told_name)
         return HttpSession(remote, submissions, info, capabilities, tokenizer, self._recovery_bytes)
 
     def public_options(self) -> JsonObject:
         """See ``Adapter``."""
-        return {**self._options.public(), "tokenizer": self._tokenizer, "recovery_bytes": self._recovery_bytes}
+        return {**self._options.public(), "tokenizer": _named(self._tokenizer), "recovery_bytes": self._recovery_bytes}
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -145,7 +145,7 @@ class HttpSamplingClient:
     Args:
         base_url: the server, for instance ``http://127.0.0.1:8700``.
         api_key: the server's key; give it as ``env:NAME``. Never shown.
-        tokenizer: for a server that gives no tokenizer: a directory or hub id (needs transformers).
+        tokenizer: for a server that gives none: a directory or hub id (needs transformers), or a ``Tokenizer``.
         timeout: seconds that one exchange may take.
         patience: seconds for which a request is sent again while the server cannot be reached.
         max_concurrency: requests under way at once.
@@ -161,7 +161,7 @@ class HttpSamplingClient:
         *,
         base_url: str,
         api_key: SecretStr | str | None = None,
-        tokenizer: str | None = None,
+        tokenizer: str | Tokenizer | None = None,
         timeout: float = 60.0,
         patience: float = 120.0,
         max_concurrency: int = 128,
@@ -196,15 +196,26 @@ class HttpSamplingClient:
         if extended:
             files = await self._endpoint.get(f"samplers/{name}/tokenizer")
             return await run_sync(tokenizer_from_files, files, 0)
-        return await run_sync(load_tokenizer, self._tokenizer or model)
+        return await _given_tokenizer(self._tokenizer, model)
 
     def public_options(self) -> JsonObject:
         """See ``Adapter``."""
-        return {**self._options.public(), "tokenizer": self._tokenizer}
+        return {**self._options.public(), "tokenizer": _named(self._tokenizer)}
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._endpoint.aclose()
+
+
+async def _given_tokenizer(given: str | Tokenizer | None, model: str) -> Tokenizer:
+    """Return the tokenizer that was given, or the one that belongs to a model's name."""
+    if given is None or isinstance(given, str):
+        return await run_sync(load_tokenizer, given or model)
+    return given
+
+
+def _named(given: str | Tokenizer | None) -> str | None:
+    return given if given is None or isinstance(given, str) else type(given).__name__
 
 
 def _options(

@@ -77,6 +77,7 @@ class RemoteModel:
         self._sending = anyio.Lock()
         self._poisoned: CrucibleError | None = None
         self._doomed: list[StateRef] = []
+        self._left = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -110,6 +111,8 @@ class RemoteModel:
             SessionLost: an earlier call's fate is unknown, so that the sequence has a gap.
         """
         async with self._sending:
+            if call.place is not None and call.place[1] <= self._left:
+                raise _left()
             if self._poisoned is not None:
                 raise SessionLost(
                     "an earlier call could not be submitted, so that its place in the sequence is unknown",
@@ -163,7 +166,7 @@ class RemoteModel:
     async def _revive_after(self, life: int, call: Call) -> None:
         async with self._sending:
             if call not in self.kept:
-                raise BackendUserError("the step was left before this call ended")
+                raise _left()
             if self._life == life:
                 await self._revive()
 
@@ -205,7 +208,8 @@ class RemoteModel:
             return
 
     def drop(self, place: Place) -> None:
-        """Forget the calls of an accumulation that was left."""
+        """Forget the calls of an accumulation that was left, and send none that are still to come."""
+        self._left = max(self._left, place[1])
         self.kept = [call for call in self.kept if call.place != place]
 
     async def saved(self, state: StateRef, save: Call) -> None:
@@ -272,3 +276,7 @@ class RemoteModel:
                     await self.endpoint.post("unload_model", {"model_id": self.model_id}, patience=0.0)
                 except CrucibleError:
                     return
+
+
+def _left() -> BackendUserError:
+    return BackendUserError("the step was left before this call ended", hint="open it again with session.step()")

@@ -78,6 +78,7 @@ class HttpSession:
         self._scope: StepScope | None = None
         self._attempt = 0
         self._samplers = 0
+        self._securing: PendingResult[StateRef] | None = None
         self._names: dict[str, StateRef] = {}
         self._stale = False
         self._closed = False
@@ -116,6 +117,7 @@ class HttpSession:
         if self._applied is not None:
             await _ended(self._applied)
         self._submissions.check()
+        await self._secure()
         if index != self._position:
             raise BackendUserError(
                 f"step {index} cannot be opened: the session is at step {self._position}",
@@ -130,6 +132,14 @@ class HttpSession:
         finally:
             if self._scope is scope:
                 self._leave()
+
+    async def _secure(self) -> None:
+        """Wait for the state that replaces kept calls, if there are far too many; a failed one is tried again later."""
+        if self._securing is None:
+            return
+        if self.remote.kept_bytes > 2 * self._recovery_bytes or self._securing.done:
+            await _ended(self._securing)
+            self._securing = None
 
     async def _reset(self) -> Awaitable[None]:
         """Drop what a server that cannot drop has accumulated: make its model again."""
@@ -192,8 +202,9 @@ class HttpSession:
             return finish()
 
         self._applied = pending = self.submit(send)
-        if self.remote.kept_bytes > self._recovery_bytes:
-            self.submit(lambda: self._save("recovery")).excuse()
+        if self.remote.kept_bytes > self._recovery_bytes and self._securing is None:
+            self._securing = self.submit(lambda: self._save("recovery"))
+            self._securing.excuse()
         return pending
 
     def _optim_body(self, place: Place, params: AdamParams, scale: float) -> JsonObject:

@@ -178,6 +178,11 @@ class PendingResult(Generic[R]):
     def __await__(self) -> Generator[Any, Any, R]:
         return self._wait().__await__()
 
+    @property
+    def done(self) -> bool:
+        """Whether the call has ended, well or not."""
+        return self._done.is_set()
+
     def excuse(self) -> None:
         """Let nobody fail for this call: what asked for it is over."""
         self._observed = True
