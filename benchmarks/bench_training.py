@@ -30,7 +30,8 @@ from crucible_kitchen.errors import MissingExtra
 from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
 from crucible_kitchen_torch.memory import peak_memory
-from crucible_kitchen_torch.microbatches import plan_padded
+from crucible_kitchen_torch.microbatches import plan, plan_padded
+from crucible_kitchen_torch.unpadded import positions, runs
 
 Contender = Callable[[], Awaitable[None]]
 Line = tuple[str, str, str, str, str]
@@ -117,6 +118,34 @@ def plain(model: Any, head: Callable[[Any], Any], data: Sequence[Datum], budget:
     async def run() -> None:
         for tokens, targets in batches:
             loss = F.cross_entropy(head(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+            (loss / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), RATE.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def unpadded(model: Any, data: Sequence[Datum], budget: int) -> Contender:
+    """A loop over the executor's own micro-batches of the built-in model: what differs is the executor around torch."""
+    import torch
+    from torch.nn import functional as F
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE.learning_rate, fused=True)
+    lengths = [len(d) for d in data]
+    total = sum(lengths)
+    batches = []
+    for batch in plan(lengths, 1, budget):
+        tokens, targets = (
+            torch.from_numpy(np.concatenate([rows[i] for i in batch]))
+            for rows in ([d.inputs["tokens"] for d in data], [d.loss_inputs["target_tokens"] for d in data])
+        )
+        batches.append((tokens, targets, [lengths[i] for i in batch]))
+
+    async def run() -> None:
+        for tokens, targets, own in batches:
+            hidden = model(tokens[None], positions=positions(own, tokens.device), rows=runs(own))[0]
+            loss = F.cross_entropy(model.lm_head(hidden), targets, reduction="sum")
             (loss / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), RATE.grad_clip_norm)
         optimizer.step()
@@ -223,11 +252,12 @@ async def against_plain_loop(args: argparse.Namespace, stack: AsyncExitStack) ->
 
     data = even(64, 64, 256)
     one, two = TinyModel(TinyConfig()), TinyModel(TinyConfig())
+    rows = "plain loop, the same micro-batches"
     session = await opened(stack, "tiny", None, args.threads)
     contenders = {
         "executor": ours(session, data, 64),
         "plain loop, one padded batch": plain(one, lambda t: one.lm_head(one(t)), data, 10**6),
-        "plain loop, the same micro-batches": plain(two, lambda t: two.lm_head(two(t)), data, BUDGET),
+        rows: unpadded(two, data, BUDGET),
     }
     tokens = 64 * 64
     taken = await measured(contenders, 3 * args.repetitions)
@@ -241,7 +271,7 @@ async def against_plain_loop(args: argparse.Namespace, stack: AsyncExitStack) ->
         a @ a
         rate = max(rate, 2 * 1024**3 / (time.process_time() - cpu))
     reached = work / taken["executor"][1] / rate
-    found = lines("tiny, 4,096 tokens a step", taken, tokens, {"plain loop, one padded batch": "0.97"})
+    found = lines("tiny, 4,096 tokens a step", taken, tokens, {"plain loop, one padded batch": "0.97", rows: "0.98"})
     limit = f"executor reaches {reached:.0%} of it"
     return [
         *found,

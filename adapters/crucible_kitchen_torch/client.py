@@ -40,6 +40,9 @@ class TorchTrainingClient:
         verify_invariance: before the first step, compare the gradient of the first batch between two splits into
             micro-batches, which costs that batch's gradient once more; ``auto`` does so on a CPU in float32 for models
             of less than 10^9 parameters. The step's metrics say what it cost and found.
+        sampling_rows: most samples that a sampler decodes together in ``fast`` mode; others wait.
+        sampling_cache_tokens: most tokens, padding counted, in the key-value cache of a sampler's batch; others wait.
+            A sample that needs more alone is decoded alone.
 
     Raises:
         ConfigError: an option has no such value.
@@ -56,8 +59,19 @@ class TorchTrainingClient:
         tokens_per_microbatch: int = 1024,
         deterministic: bool = False,
         verify_invariance: Literal["auto", "on", "off"] = "auto",
+        sampling_rows: int = 256,
+        sampling_cache_tokens: int = 1 << 16,
     ) -> None:
-        self._options = TorchOptions(device, dtype, threads, tokens_per_microbatch, deterministic, verify_invariance)
+        self._options = TorchOptions(
+            device,
+            dtype,
+            threads,
+            tokens_per_microbatch,
+            deterministic,
+            verify_invariance,
+            sampling_rows,
+            sampling_cache_tokens,
+        )
         self._bases = BaseModels()
 
     @property

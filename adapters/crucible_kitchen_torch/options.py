@@ -23,6 +23,8 @@ class TorchOptions:
     tokens_per_microbatch: int
     deterministic: bool
     verify_invariance: Literal["auto", "on", "off"] = "auto"
+    sampling_rows: int = 256
+    sampling_cache_tokens: int = 1 << 16
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -33,6 +35,8 @@ class TorchOptions:
             raise ConfigError("threads must be 1 or more", hint="leave it unset to use every core")
         if self.tokens_per_microbatch < 1:
             raise ConfigError("tokens_per_microbatch must be 1 or more")
+        if self.sampling_rows < 1 or self.sampling_cache_tokens < 1:
+            raise ConfigError("sampling_rows and sampling_cache_tokens must be 1 or more")
 
     def to_json(self) -> dict[str, Any]:
         """Return the options for a manifest."""

@@ -30,7 +30,7 @@ from crucible_kitchen.types import (
 from crucible_kitchen.workers import Lane, PendingResult, Submissions, run_sync
 from crucible_kitchen_torch.accumulate import Accumulation
 from crucible_kitchen_torch.mlp import TorchPolicy
-from crucible_kitchen_torch.sampling import TorchSampler
+from crucible_kitchen_torch.sampling import Limits, TorchSampler
 from crucible_kitchen_torch.states import delete_state, write_state
 from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.turns import Turns
@@ -194,7 +194,9 @@ class TorchSession:
         if self.trainer.model.facts.observation_size:
             raise CapabilityError("this model takes observations, not tokens", hint="use session.policy()")
         snapshot = await self._call(lambda: self.turns.one(self.trainer.snapshot))
-        return self._held(TorchSampler(self.trainer, snapshot, self.turns, self._group))
+        options = self.trainer.options
+        limits = Limits(options.sampling_rows, options.sampling_cache_tokens)
+        return self._held(TorchSampler(self.trainer, snapshot, self.turns, self._group, limits))
 
     async def policy(self) -> Policy:
         """See ``TrainingSession``."""

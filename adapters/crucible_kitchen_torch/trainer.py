@@ -96,6 +96,7 @@ class Trainer:
             torch.use_deterministic_algorithms(mode=True)
         self.reproducible = options.deterministic or self.place.device.type == "cpu"
         self._spec = spec
+        self.options = options
         self.budget = options.tokens_per_microbatch
         self.rng = SessionRng(spec.seed, self.place.device)
         with self.rng.borrow():

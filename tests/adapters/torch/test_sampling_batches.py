@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crucible_kitchen.errors import BackendUserError, CapabilityError
+from crucible_kitchen.errors import BackendUserError, CapabilityError, ConfigError
 from crucible_kitchen.types import Datum, SamplingParams, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
 from crucible_kitchen_torch.decoding import Decoding
@@ -344,3 +344,12 @@ async def test_a_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path,
         with pytest.raises(CapabilityError, match="cannot be sampled here"):
             await sampler.sample([5], PARAMS)
         assert len(await sampler.compute_logprobs([[5, 6]])) == 1
+
+
+async def test_the_limits_of_a_sampler_are_options_of_the_adapter(tmp_path):
+    client = TorchTrainingClient(sampling_rows=3, sampling_cache_tokens=500)
+    async with client.open_session(SessionSpec("tiny", None, 0, str(tmp_path))) as session:
+        assert (await session.sampler())._limits == Limits(3, 500)
+    assert client.public_options()["sampling_rows"] == 3
+    with pytest.raises(ConfigError, match="sampling_rows"):
+        TorchTrainingClient(sampling_rows=0)
