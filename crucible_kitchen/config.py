@@ -262,7 +262,9 @@ class RegistryConfig(RunConfig):
 
 
 def refuse_unused(config: RunConfig, choice: str, uses: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse keys that were given although the method chosen would not read them; call it in a validator.
+    """Refuse keys with other values than their defaults that the method chosen would not read; call it in a validator.
+
+    A config that was stored has all keys, so it is values that count, not which keys were given.
 
     Args:
         config: what was given.
@@ -274,7 +276,8 @@ def refuse_unused(config: RunConfig, choice: str, uses: Mapping[str, tuple[str, 
     """
     chosen = getattr(config, choice)
     for key, methods in uses.items():
-        if key in config.model_fields_set and chosen not in methods:
+        changed = getattr(config, key) != type(config).model_fields[key].default
+        if changed and chosen not in methods:
             raise ValueError(f"{key} has no meaning for {choice}={chosen}; it belongs to {', '.join(methods)}")
 
 

@@ -54,7 +54,8 @@ class TeacherTrainingConfig(SupervisedDataConfig, CheckpointConfig):
 
     @model_validator(mode="after")
     def _is_evaluated_as_the_student_is(self) -> Self:
-        given = sorted(self.model_fields_set & (EvalConfig.model_fields.keys() - RunConfig.model_fields.keys()))
+        own = EvalConfig.model_fields.keys() - RunConfig.model_fields.keys()
+        given = sorted(key for key in own if getattr(self, key) != EvalConfig.model_fields[key].default)
         if given:
             raise ValueError(f"teacher_training.{given[0]}: the teacher is evaluated with the config of the student")
         return self

@@ -282,7 +282,7 @@ async def test_without_a_teacher_other_data_are_refused_with_the_line_to_write(
     ("keys", "problem"),
     [
         ({"discount": 0.5, "method": "off_policy"}, "discount has no meaning for method=off_policy"),
-        ({"gjsd_beta": 0.5}, "gjsd_beta has no meaning for method=on_policy"),
+        ({"gjsd_beta": 0.4}, "gjsd_beta has no meaning for method=on_policy"),
         ({"top_k": 4, "method": "gjsd"}, "top_k has no meaning"),
         ({"gjsd_beta": 1.5, "method": "gjsd"}, "gjsd_beta"),
         ({"sample_temperature": 0.0}, "sample_temperature"),

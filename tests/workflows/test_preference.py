@@ -137,7 +137,7 @@ async def test_a_loss_without_a_reference_scores_nothing(kitchen: Kitchen, confi
         ({"loss": "dpo"}, "loss"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing has no meaning for loss=ipo"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma has no meaning for loss=sigmoid"),
+        ({"simpo_gamma": 0.7}, "simpo_gamma has no meaning for loss=sigmoid"),
         ({"loss": "simpo", "reference": "other"}, "reference has no meaning for loss=simpo"),
         ({"loss": "orpo", "desirable_weight": 2.0}, "desirable_weight has no meaning"),
         ({"train_on": "all_tokens"}, "train_on"),

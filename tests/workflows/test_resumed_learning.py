@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from crucible_kitchen.config import build_config
 from crucible_kitchen.errors import CrucibleError
 from crucible_kitchen.testing.memory import MortalMemory
 from crucible_kitchen.workflow.check import check
@@ -129,3 +130,10 @@ async def test_what_was_scored_and_said_is_not_computed_again(tmp_path: Path, mo
         with pytest.raises(KeyError):  # nothing was held out, so nothing is evaluated
             await world.attempt()
         assert (sum(calls) if kind == "preference" else len(calls)) == first > 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_config_that_was_stored_is_accepted_again(name: str) -> None:
+    workflow, _, config = RUNS[name]
+    built = build_config(workflow.config, {"dataset": "sums", **config})
+    assert build_config(workflow.config, json.loads(built.model_dump_json())) == built
