@@ -112,6 +112,8 @@ def option_table(adapter):
 WITH_OPTIONS = (
     "training_client.torch",
     "training_client.noop",
+    "training_client.http",
+    "sampling_client.http",
     "dataset_store.files",
     "dataset_store.huggingface",
     "evaluator.metrics",
