@@ -28,7 +28,8 @@ from _table import machine, print_table
 
 from crucible_kitchen.config import build_config
 from crucible_kitchen.ports.environment import Action, Observation, Transition
-from crucible_kitchen.rl.pipeline import PipelinePlan, Rollouts
+from crucible_kitchen.rl.pipeline import Rollouts
+from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.policy import PublishedPolicy
 from crucible_kitchen.rl.rehearsal import Latencies, RehearsalConfig, rehearse
 from crucible_kitchen.rl.rollout import Roller, RolloutRules

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import anyio
 
@@ -17,77 +17,19 @@ from crucible_kitchen.actors import Actor, ActorRef, ChildSpec, Restarts, Superv
 from crucible_kitchen.actors.loop import Loop
 from crucible_kitchen.errors import CrucibleError, EnvironmentFault, MessageQuarantined
 from crucible_kitchen.rl.ledgers import RolloutLedger, TimeLedger
-from crucible_kitchen.rl.staleness import StalenessPolicy
+from crucible_kitchen.rl.plan import PipelinePlan, Rolled
 from crucible_kitchen.rl.trajectories import Ticket
 from crucible_kitchen.types import Array, JsonObject
 from crucible_kitchen.waits import waiting
 
-__all__ = ["Batch", "PipelinePlan", "Rollouts"]
+__all__ = ["Batch", "Rollouts"]
 
 RESTARTS = Restarts(most=1000, within=60.0, initial=0.005, factor=2.0, longest=0.05)
 """Env groups may die often: what gives up is the count of problems that came to nothing in a row."""
 
 
-class Rolled(Protocol):
-    """What the pipeline knows of a group; ``TrajectoryGroup`` fulfils it."""
-
-    @property
-    def ticket(self) -> Ticket:
-        """Which problem."""
-        ...
-
-    @property
-    def unusable(self) -> str | None:
-        """Why it cannot be trained, or None."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """How much was sampled, in tokens."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """What it took."""
-        ...
-
-    def versions(self) -> Array:
-        """Policy versions that sampled it, one per token."""
-        ...
-
-
 G = TypeVar("G", bound=Rolled)
 Produce: TypeAlias = Callable[[Ticket], Awaitable[G]]
-
-
-@dataclass(frozen=True, slots=True)
-class PipelinePlan:
-    """How many groups, and how far ahead.
-
-    Attributes:
-        batches: updates in all.
-        per_batch: groups of one update.
-        max_staleness: K: updates that may lie between sampling and training, as the policy understands it.
-        staleness: what is done about it.
-        workers: groups that are rolled out at a time.
-        in_order: batches are taken in the order of drawing, not of arrival.
-        quarantine_after: env-group actors that a problem may kill before it is dropped.
-        seed: of the waits between restarts.
-    """
-
-    batches: int
-    per_batch: int
-    max_staleness: int = 0
-    staleness: StalenessPolicy = "aggregate"
-    workers: int = 8
-    in_order: bool = False
-    quarantine_after: int = 2
-    seed: int = 0
-
-    @property
-    def ahead(self) -> int:
-        """Most groups that are drawn and not yet trained: the bound of the queue and all before it."""
-        return self.per_batch * (self.max_staleness + 1)
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,8 @@ import numpy as np
 
 from crucible_kitchen.errors import ConfigError
 from crucible_kitchen.rl.config import LearnerConfig, RolloutConfig
-from crucible_kitchen.rl.pipeline import PipelinePlan, Rollouts
+from crucible_kitchen.rl.pipeline import Rollouts
+from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.trajectories import Ticket
 from crucible_kitchen.rl.virtual import run_virtually
 from crucible_kitchen.types import Array, JsonObject

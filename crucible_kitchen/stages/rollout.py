@@ -17,7 +17,8 @@ from crucible_kitchen.events import EnvGroupBuilt, GroupDropped, PolicyEvaluated
 from crucible_kitchen.ports import BlobStore, EnvironmentSource, ModelRegistry, TrainingClient, TrainingSession
 from crucible_kitchen.rl.config import LearnerConfig, RolloutConfig
 from crucible_kitchen.rl.environments import open_environment
-from crucible_kitchen.rl.pipeline import Batch, PipelinePlan, Rollouts
+from crucible_kitchen.rl.pipeline import Batch, Rollouts
+from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.policy import PublishedPolicy
 from crucible_kitchen.rl.rollout import FATAL, Roller, RolloutRules
 from crucible_kitchen.rl.staleness import problem_order

@@ -10,7 +10,8 @@ import anyio.lowlevel
 import numpy as np
 import pytest
 
-from crucible_kitchen.rl.pipeline import PipelinePlan, Rollouts
+from crucible_kitchen.rl.pipeline import Rollouts
+from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.trajectories import Ticket
 from crucible_kitchen.testing.clock import virtual_clock
 

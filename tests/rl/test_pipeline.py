@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from crucible_kitchen.errors import CapabilityError, EnvironmentFault
-from crucible_kitchen.rl.pipeline import PipelinePlan
+from crucible_kitchen.rl.plan import PipelinePlan
 
 pytestmark = pytest.mark.anyio
 POLICIES = ["aggregate", "block", "discard", "cancel"]
