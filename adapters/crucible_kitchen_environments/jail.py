@@ -198,8 +198,9 @@ class _Held:
         if not self._ended and refused:
             self._ended = "refused"
         elif not self._ended:
-            # The kernel counts by ticks: the time that is reported may be a little short of the limit it killed for.
-            spent = self._facts.get("exit_code") == -signal.SIGKILL and self._facts["cpu"] > 0.9 * self._limits["cpu"]
+            # What is reported falls short of the limit that the kernel killed for: its two clocks are not one.
+            killed = self._facts.get("exit_code") in (-signal.SIGKILL, -signal.SIGXCPU)
+            spent = killed and self._facts["cpu"] > 0.5 * self._limits["cpu"]
             self._ended = "time" if spent else "exited"
         return {
             "ended": self._ended,
