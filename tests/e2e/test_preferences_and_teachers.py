@@ -36,7 +36,12 @@ def test_comparing_right_and_wrong_sums_teaches_which_is_right(shown: Any) -> No
     assert "ranking\\_accuracy" in report.read_text(encoding="utf-8")
 
 
-def test_a_reward_model_tells_right_from_wrong_sums(shown: Any) -> None:
-    found = shown("reward_model", *TINY, "epochs=6", "warmup=0.05", "eval_at_start=true")
-    assert found["state"]["eval_before"]["accuracy"] < 0.65
-    assert found["state"]["eval_results"]["accuracy"] > 0.75
+def test_a_student_reaches_its_teacher_in_fewer_steps_than_the_references_need(shown: Any) -> None:
+    """The demo takes 846 steps of 64 references for its teacher; the student 705, of as many prompts it answers."""
+    taught = shown("sums_demo")
+    keys = ("method=gjsd", "gjsd_beta=0", "samples_per_prompt=2", "sample_max_tokens=5", "eval_max_tokens=8")
+    rate = ("epochs=5", "learning_rate=3e-3", "warmup=0.05", "seed=1")
+    found = shown("distillation", *TINY, "teacher=sums-tiny:1", *keys, *rate)
+    teacher, student = found["state"]["teacher_results"], found["state"]["eval_results"]
+    assert found["state"]["step"]["step"] < taught["state"]["step"]["step"]
+    assert student["accuracy"] >= teacher["accuracy"] - 0.02
