@@ -1,6 +1,6 @@
 """The commands that look at one run, past or present: ``show`` and ``events``.
 
-They read the run store and change nothing; where there is none yet, they find it empty. Read next:
+They read the run store and change nothing but the status of runs whose process is gone. Read next:
 ``crucible_kitchen.cli.summary``.
 """
 
@@ -30,14 +30,19 @@ FOLLOW_SECONDS = 0.2
 
 
 def read(home: Path, ask: "Callable[[RunStore], Awaitable[T]]") -> T:
-    """Open the run store below a home, ask it, and close it."""
+    """Open the run store below a home, ask it, and close it; what a dead process left running is called crashed."""
+    from contextlib import suppress
+
     import anyio
 
+    from crucible_kitchen.errors import StoreError
     from crucible_kitchen.store import MemoryRunStore, SqliteRunStore
 
     async def asked() -> T:
         path = home / "runs.db"
         async with SqliteRunStore(path) if path.is_file() else MemoryRunStore() as store:
+            with suppress(StoreError):  # a disk that cannot be written can still be read
+                await store.reconcile()
             return await ask(store)
 
     return anyio.run(asked)
