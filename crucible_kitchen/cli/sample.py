@@ -19,6 +19,7 @@ import typer
 
 from crucible_kitchen.cli.console import answer_json, reporting, say
 from crucible_kitchen.cli.options import DEFAULT_HOME, AdapterOption, HomeOption, JsonOption
+from crucible_kitchen.cli.states import SavedModel, saved_model
 from crucible_kitchen.errors import AdapterError, ConfigError, ModelNotFound, NotFoundError, VersionNotFound
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL|RUN|VERSION",
-            help="`tiny`, a directory, a .gguf file, a hub id, a run's id, or NAME:VERSION with a number or an alias.",
+            help="`tiny`, a directory, a .gguf file, a hub id, a run's id, `RUN@STEP` for a checkpoint, or NAME:VERSION "
+            "with a number or an alias.",
             show_default=False,
         ),
     ],
@@ -234,10 +236,14 @@ async def _opened(model: str, home: Path, given: tuple[str, ...]) -> "AsyncGener
     ware = _Kitchenware(home, given)
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crucible-sample-")))
-        place = _local(model, home) or await _fetched(model, ware, directory / "model")
+        saved = await saved_model(model, home, directory)
+        if saved is None:
+            place = _local(model, home) or await _fetched(model, ware, directory / "model")
+            saved = SavedModel(SessionSpec(place, None, 0, str(directory)), None)
         client = await stack.enter_async_context(ware.adapter("training_client"))
-        spec = SessionSpec(place, None, 0, str(directory))
-        session = await stack.enter_async_context(client.open_session(spec))
+        session = await stack.enter_async_context(client.open_session(saved.spec))
+        if saved.state is not None:
+            await session.load_state(saved.state)
         sampler = await session.sampler()
         stack.push_async_callback(sampler.aclose)
         yield sampler

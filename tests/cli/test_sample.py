@@ -145,3 +145,22 @@ def test_in_a_terminal_it_is_a_chat_that_survives_an_interrupted_reply(tmp_path)
     os.write(outside, b"\x04")
     assert process.wait(timeout=60) == 0
     os.close(outside)
+
+
+def test_a_checkpoint_of_a_run_answers_by_its_step_and_a_run_without_export_by_its_newest(cli, home):
+    import shutil
+
+    trained = cli(
+        "run", "supervised", "model=tiny", "dataset=sums", "max_steps=4", "save_every=2", "batch_size=8",
+        "eval_size=2", "eval_max_tokens=2", "learning_rate=0.05", "--adapter=training_client=torch,threads=1", "--json",
+    )  # fmt: skip
+    run = trained.json["run_id"]
+    final, two, four = [cli("sample", name, "-p", "1+1=", *SHORT) for name in (run, f"{run}@2", f"{run}@4")]
+    assert final.code == two.code == four.code == 0, two.err
+    assert four.out == final.out != two.out
+    shutil.rmtree(home / "runs" / run / "export")
+    assert cli("sample", run, "-p", "1+1=", *SHORT).out == four.out
+    missing = cli("sample", f"{run}@3", "-p", "1+1=")
+    assert missing.code == 2
+    assert "has no checkpoint of step 3" in missing.err
+    assert "steps 2, 4" in missing.err
