@@ -41,8 +41,8 @@ def sample(
         str,
         typer.Argument(
             metavar="MODEL|RUN|VERSION",
-            help="`tiny`, a directory, a .gguf file, a hub id, a run's id, `RUN@STEP` for a checkpoint, or NAME:VERSION "
-            "with a number or an alias.",
+            help="`tiny`, a directory, a .gguf file, a hub id, a run's id, `RUN@STEP` for a checkpoint, or "
+            "NAME:VERSION with a number or an alias.",
             show_default=False,
         ),
     ],
