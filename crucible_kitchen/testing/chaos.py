@@ -7,6 +7,7 @@ progress, or in the middle of writing a checkpoint. Read next: ``docs/promises.m
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -73,8 +74,13 @@ class Chaos:
         """Run to the end."""
         return self._outcome(self._ended(self._start("run", *self._arguments)), 0)
 
-    def disturbed(self, seed: int, kills: int) -> Outcome:
+    def disturbed(self, seed: int, kills: int, signals: Sequence[signal.Signals] = (signal.SIGKILL,)) -> Outcome:
         """Run, kill and resume until it has been killed so often or is completed, then let it end.
+
+        Args:
+            seed: of the places and of the signals.
+            kills: how often.
+            signals: what a child is sent: SIGKILL, SIGTERM (it stops at a checkpoint) or SIGINT (it is cancelled).
 
         Raises:
             AssertionError: an attempt failed by itself.
@@ -83,7 +89,7 @@ class Chaos:
         done, run_id = 0, ""
         while done < kills:
             child = self._start("resume", run_id) if run_id else self._start("run", *self._arguments)
-            killed = self._killed(child, draw)
+            killed = self._killed(child, draw, draw.choice(signals))
             run_id = self._newest() or run_id
             if not killed:
                 return self._outcome(self._ended(child), done)
@@ -108,7 +114,7 @@ class Chaos:
             program, cwd=self._cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def _killed(self, child: "subprocess.Popen[str]", draw: random.Random) -> bool:
+    def _killed(self, child: "subprocess.Popen[str]", draw: random.Random, number: signal.Signals) -> bool:
         """Kill a child at a random place; False if it ended before.
 
         One place in four is the first moment in which a checkpoint is being written, one in eight somewhere in the
@@ -126,8 +132,11 @@ class Chaos:
                 assert waited < _SECONDS, "an attempt neither progresses nor ends"
             ended = ended or _ends_within(child, pause * _LOOK)
         if not ended:
-            child.kill()
-            child.communicate()
+            child.send_signal(number)
+            child.wait(_SECONDS)
+            ended = child.returncode == 0  # it was about to complete
+            if not ended:
+                child.communicate()
         return not ended
 
     def _events_told(self) -> int:

@@ -1,5 +1,6 @@
 """Real processes, killed with SIGKILL at seeded moments and resumed, against one that nobody disturbed."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,18 @@ branches = Workflow("branches", both_branches, both, config=ModelConfig)
 '''
 
 
-def compared(arguments: tuple[str, ...], tmp_path: Path, seeds: range, kills: int, **options: Any) -> None:
+def compared(
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    seeds: range,
+    kills: int,
+    signals: tuple[signal.Signals, ...] = (signal.SIGKILL,),
+    **options: Any,
+) -> None:
     """Disturb a run once per seed; each must become what the undisturbed one is."""
     calm = Chaos(arguments, tmp_path / "calm", tmp_path, **options).undisturbed()
     for seed in seeds:
-        wild = Chaos(arguments, tmp_path / f"wild{seed}", tmp_path, **options).disturbed(seed, kills)
+        wild = Chaos(arguments, tmp_path / f"wild{seed}", tmp_path, **options).disturbed(seed, kills, signals)
         assert_same(wild, calm, seed)
 
 
@@ -152,6 +160,12 @@ def test_a_hundred_kills_of_reinforcement_runs_lose_nothing(tmp_path: Path, k: i
         overlapped(tmp_path, range(100, 120), kills=5)
     else:
         compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(100, 120), kills=5)
+
+
+@pytest.mark.e2e
+def test_a_run_that_is_drained_cancelled_and_killed_by_turns_ends_with_the_same_bits(tmp_path: Path) -> None:
+    signals = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+    compared((*SUPERVISED, *ONE_THREAD), tmp_path, range(1), kills=6, signals=signals)
 
 
 @pytest.mark.chaos

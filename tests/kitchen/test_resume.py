@@ -1,6 +1,7 @@
 """Runs that go on: what a later attempt of a run finds, keeps and refuses."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from crucible_kitchen.errors import (
     RunLive,
     RunNotFound,
     RunPaused,
+    StorageFull,
     TransientBackendError,
 )
 from crucible_kitchen.events import TrainingStep, WarningRaised, WorkflowRolledBack, WorkflowStart
@@ -191,17 +193,44 @@ async def test_adapters_are_made_again_as_they_were_named(
     assert result.manifest["adapters"]["training_client"]["name"] == "noop"
 
 
-async def test_a_checkpoint_whose_file_is_gone_is_passed_over_with_a_warning(
-    noop: dict[str, Any], home: Path, config: dict[str, Any]
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, flip])
+async def test_a_checkpoint_whose_file_is_gone_cut_or_changed_is_passed_over_with_a_warning(
+    noop: dict[str, Any], home: Path, config: dict[str, Any], harm: Callable[[Path], None]
 ) -> None:
     config = {**config, **TEN_STEPS}
     calm = await Kitchen(noop, home=home / "calm").run("supervised", config)
     async with Kitchen(noop, home=home / "wild") as kitchen:
         run_id = await failed_at(kitchen, config, 8)
-        (kitchen.home / "runs" / run_id / "checkpoint-000002.npz").unlink()
+        harm(kitchen.home / "runs" / run_id / "checkpoint-000002.npz")
         handle = await kitchen.reopen(run_id, adapters={"training_client": with_faults(NoopTrainingClient())})
         events = [record.event async for record in handle.events()]
         result = await handle.wait()
     assert weights(result) == weights(calm)
     assert [e.code for e in events if isinstance(e, WarningRaised)] == ["checkpoint.damaged"]
     assert [e.step for e in events if isinstance(e, WorkflowRolledBack)] == [3]
+
+
+async def test_a_disk_that_is_full_while_a_checkpoint_is_written_fails_the_run_which_goes_on_when_there_is_room(
+    noop: dict[str, Any], home: Path, config: dict[str, Any]
+) -> None:
+    config = {**config, **TEN_STEPS}
+    calm = await Kitchen(noop, home=home / "calm").run("supervised", config)
+    full = with_faults(NoopTrainingClient(), fails("save_state", StorageFull("the disk is full"), call=2, late=True))
+    async with Kitchen(noop, home=home / "wild") as kitchen:
+        handle = await kitchen.start("supervised", config, adapters={"training_client": full})
+        with pytest.raises(StorageFull) as told:
+            await handle.wait()
+        assert told.value.where is not None
+        assert told.value.where.endswith("/save_checkpoint")
+        result = await kitchen.resume(handle.id, adapters={"training_client": with_faults(NoopTrainingClient())})
+    assert weights(result) == weights(calm)
