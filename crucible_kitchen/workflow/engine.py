@@ -18,17 +18,17 @@ import anyio.abc
 import anyio.lowlevel
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CleanupError, CrucibleError, RunPaused, StageTimeout
-from crucible_kitchen.events import StageErrored, StageStart, StageStop, WarningRaised
+from crucible_kitchen.errors import CleanupError, RunPaused, StageTimeout
+from crucible_kitchen.events import WarningRaised
 from crucible_kitchen.ports import TrainingCapabilities
-from crucible_kitchen.redaction import redacted
 from crucible_kitchen.types import Json
 from crucible_kitchen.workflow.binding import binder_of
 from crucible_kitchen.workflow.branches import Branches
 from crucible_kitchen.workflow.checkpoints import Checkpoints
 from crucible_kitchen.workflow.clock import loop_clock, scope_class
+from crucible_kitchen.workflow.compensations import Compensations
 from crucible_kitchen.workflow.conditions import nested_config
-from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel, trace
+from crucible_kitchen.workflow.failures import as_ours, first_of, note, reacts_to_cancel
 from crucible_kitchen.workflow.forward import static
 from crucible_kitchen.workflow.frame import (
     Block,
@@ -43,6 +43,7 @@ from crucible_kitchen.workflow.frame import (
 from crucible_kitchen.workflow.memory import Keep
 from crucible_kitchen.workflow.nodes import Loop, Node, Parallel, Stream, When, Workflow
 from crucible_kitchen.workflow.records import Records
+from crucible_kitchen.workflow.reports import Reports
 from crucible_kitchen.workflow.resources import LiveResource
 from crucible_kitchen.workflow.run import Run, RunContext, seed_of
 from crucible_kitchen.workflow.stage import Resource, Step, Unset
@@ -82,7 +83,8 @@ class _Engine:
         self._adapters = adapters
         self._context = context
         self._records = Records(workflow, context)
-        self._compensations: list[tuple[Callable[..., Any], dict[str, Any], str]] = []
+        self._reports = Reports(context)
+        self._compensations = Compensations(self._reports, config.grace)
         self._now = loop_clock()
         self._scope = scope_class()
         self._unwritten = 0
@@ -106,7 +108,7 @@ class _Engine:
             return frame.values
         cancelled = anyio.current_effective_deadline() == -math.inf
         if self._config.on_failure == "rollback" and not cancelled and not isinstance(failure, RunPaused):
-            await self._compensate(failure)
+            await self._compensations.run(failure)
         raise failure
 
     # -- blocks and nodes -----------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ class _Engine:
         """Try a stage as often as its policy says; afterwards its value is in the state."""
         began, attempt = self._now(), 1
         while True:
-            self._began(step.name, path, attempt)
+            self._reports.began(step.name, path, attempt)
             run = Run(self._context, path, frame.turns, attempt)
             try:
                 value = await self._attempt(step, frame, run)
@@ -261,7 +263,7 @@ class _Engine:
             except Exception as error:  # noqa: BLE001 - user code; retried, skipped or raised with its place
                 failure = as_ours(error, path)
                 again = step.retry is not None and step.retry.allows(first_of(error), attempt)
-            self._errored(step.name, path, failure, "retry" if again else step.on_error, began, attempt)
+            self._reports.errored(step.name, path, failure, "retry" if again else step.on_error, began, attempt)
             if again:
                 await self._wait_to_retry(step, path, attempt)
                 attempt += 1
@@ -277,8 +279,8 @@ class _Engine:
             frame.write(step.writes, value, Origin("", static(path)))
         if step.hooks.rollback is not None:
             arguments = self._arguments(step.hooks.rollback, frame, run)
-            self._compensations.append((step.hooks.rollback, arguments, path))
-        self._ended(step.name, path, began)
+            self._compensations.add(step.hooks.rollback, arguments, path)
+        self._reports.ended(step.name, path, began)
         if run.made.checkpoint is not None:
             await self._checkpoint(frame, path, run.made.checkpoint)
 
@@ -326,35 +328,6 @@ class _Engine:
                 raise
         raise _late(timeout)
 
-    # -- events ---------------------------------------------------------------------------------------------------
-
-    def _began(self, stage: str, path: str, attempt: int = 1) -> None:
-        self._context.emit(StageStart(stage=stage, recipe=self._context.recipe, path=path, attempt=attempt))
-
-    def _ended(self, stage: str, path: str, began: float) -> None:
-        taken = self._now() - began
-        self._context.emit(StageStop(stage=stage, recipe=self._context.recipe, path=path, duration_s=taken))
-
-    def _errored(
-        self, stage: str, path: str, error: CrucibleError, action: str, began: float, attempt: int = 1
-    ) -> None:
-        """Report a failure; a log that fails now does not hide it, and stops the run at the next event."""
-        event = StageErrored(
-            stage=stage,
-            recipe=self._context.recipe,
-            path=path,
-            attempt=attempt,
-            code=error.code,
-            message=redacted(error.message),
-            action=action,
-            duration_s=self._now() - began,
-            traceback=trace(error),
-        )
-        try:
-            self._context.emit(event)
-        except Exception as unheard:  # noqa: BLE001 - the failure that is being reported comes first
-            note(error, [unheard])
-
     # -- resources ------------------------------------------------------------------------------------------------
 
     async def _open(self, step: Resource[..., Any], frame: Frame, run: Run, timeout: float | None) -> Any:
@@ -365,7 +338,7 @@ class _Engine:
 
         def died(error: Exception) -> None:
             ours = as_ours(error, path)
-            self._errored(step.name, path, ours, "halt", opened)
+            self._reports.errored(step.name, path, ours, "halt", opened)
             _end_block(frame, block, ours)
 
         live = LiveResource(step.fn(**arguments), died)
@@ -413,34 +386,14 @@ class _Engine:
     async def _close(self, path: str, live: LiveResource, grace: float) -> None:
         where, began = f"{path}/cleanup", self._now()
         try:
-            self._began("cleanup", where)
+            self._reports.began("cleanup", where)
         finally:  # a log that cannot be written must not keep a resource open
             try:
                 await live.close(grace)
             except CleanupError as error:
-                self._errored("cleanup", where, error.at(path), "halt", began)
+                self._reports.errored("cleanup", where, error.at(path), "halt", began)
                 raise
-        self._ended("cleanup", where, began)
-
-    async def _compensate(self, failure: Exception) -> None:
-        """Run the compensations of what had been done, newest first, shielded and bounded."""
-        for hook, arguments, path in reversed(self._compensations):
-            where, began = f"{path}/rollback", self._now()
-            try:
-                self._began("rollback", where)
-                await self._bounded(hook, arguments)
-                self._ended("rollback", where, began)
-            except Exception as error:  # noqa: BLE001 - the failure of the run is the one reported
-                ours = as_ours(error, where)
-                note(failure, [ours])
-                self._errored("rollback", where, ours, "skip", began)
-
-    async def _bounded(self, hook: Callable[..., Any], arguments: dict[str, Any]) -> None:
-        grace = self._config.grace
-        with anyio.CancelScope(shield=True, deadline=self._now() + grace) as scope:
-            await hook(**arguments)
-        if scope.cancelled_caught:
-            raise _late(grace, "see the config key grace")
+        self._reports.ended("cleanup", where, began)
 
     # -- injection ------------------------------------------------------------------------------------------------
 
@@ -468,6 +421,6 @@ def _end_block(frame: Frame, block: Block, error: Exception) -> None:
     block.scope.cancel()
 
 
-def _late(seconds: float, hint: str | None = None) -> StageTimeout:
+def _late(seconds: float) -> StageTimeout:
     usual = "raise it: stage.with_(timeout=...), or the config key stage_timeout"
-    return StageTimeout(f"did not end within {seconds:g} s", hint=hint or usual)
+    return StageTimeout(f"did not end within {seconds:g} s", hint=usual)

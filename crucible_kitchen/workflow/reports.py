@@ -1,0 +1,48 @@
+"""What the engine tells the log of a stage: that it began, ended or failed.
+
+It knows events and the run's log, no node. Read next: ``crucible_kitchen.workflow.engine``.
+"""
+
+from crucible_kitchen.errors import CrucibleError
+from crucible_kitchen.events import StageErrored, StageStart, StageStop
+from crucible_kitchen.redaction import redacted
+from crucible_kitchen.workflow.clock import loop_clock
+from crucible_kitchen.workflow.failures import note, trace
+from crucible_kitchen.workflow.run import RunContext
+
+__all__ = ["Reports"]
+
+
+class Reports:
+    """The stage events of one run; ``began`` is always a time of the loop's clock, seconds."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._now = loop_clock()
+
+    def began(self, stage: str, path: str, attempt: int = 1) -> None:
+        """Report that a try began."""
+        self._context.emit(StageStart(stage=stage, recipe=self._context.recipe, path=path, attempt=attempt))
+
+    def ended(self, stage: str, path: str, began: float) -> None:
+        """Report that it ended well."""
+        taken = self._now() - began
+        self._context.emit(StageStop(stage=stage, recipe=self._context.recipe, path=path, duration_s=taken))
+
+    def errored(self, stage: str, path: str, error: CrucibleError, action: str, began: float, attempt: int = 1) -> None:
+        """Report a failure; a log that fails now does not hide it, and stops the run at the next event."""
+        event = StageErrored(
+            stage=stage,
+            recipe=self._context.recipe,
+            path=path,
+            attempt=attempt,
+            code=error.code,
+            message=redacted(error.message),
+            action=action,
+            duration_s=self._now() - began,
+            traceback=trace(error),
+        )
+        try:
+            self._context.emit(event)
+        except Exception as unheard:  # noqa: BLE001 - the failure that is being reported comes first
+            note(error, [unheard])
