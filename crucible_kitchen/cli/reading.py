@@ -224,9 +224,10 @@ async def followed(
         async for kept in pages(store, run_id, after):
             after = kept.seq
             yield kept
-        if record.status != "running":  # asked before the events were read: all of them are there
+        gone = attempts and record.status == "running" and attempts[-1].owner.alive() is False
+        if record.status not in ("running", "crashed"):  # asked before the events were read: all of them are there
             return
-        if attempts and attempts[-1].owner.alive() is False:
+        if gone or record.status == "crashed":
             say(f"the process of {run_id} is gone; `crucible-kitchen resume {run_id}` goes on with it")
             return
         await anyio.sleep(pause)

@@ -48,8 +48,9 @@ def descendants(pid: int) -> list[int]:
 def _children(pid: int) -> list[int]:
     children: list[int] = []
     with contextlib.suppress(OSError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            children.extend(int(word) for word in (thread / "children").read_text().split())
+        for thread in list(Path(f"/proc/{pid}/task").iterdir()):
+            with contextlib.suppress(OSError):  # a thread that has just ended hides none of the others' children
+                children.extend(int(word) for word in (thread / "children").read_text().split())
     return children
 
 

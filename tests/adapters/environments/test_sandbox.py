@@ -366,8 +366,8 @@ async def test_a_killed_parent_leaves_no_program(tmp_path: Path) -> None:
         "            group.start_soon(sandbox.run, 'import time\\nwhile True: time.sleep(1)')\n"
         "            from crucible_kitchen.workers.tree import descendants\n"
         "            import os\n"
-        "            while len(descendants(os.getpid())) < 4: await anyio.sleep(0.01)\n"
-        "            print(*descendants(os.getpid()), flush=True)\n"
+        "            while len(found := descendants(os.getpid())) < 4: await anyio.sleep(0.01)\n"
+        "            print(*found, flush=True)\n"
         "            await anyio.sleep_forever()\n"
         "anyio.run(main)\n"
     )
