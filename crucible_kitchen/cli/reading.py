@@ -72,6 +72,8 @@ def show(
         answer(f"  {'error':<11} [{error['code']}] {place}{error['message']}")
         if error.get("hint"):
             answer(f"  {'hint':<11} {error['hint']}")
+    if facts["status"] in ("crashed", "failed", "cancelled", "paused"):
+        answer(f"  {'go on':<11} crucible-kitchen resume {facts['run_id']}")
     if stall := facts["stall"]:
         answer(f"  {'stalled' if stall['still'] else 'had stalled':<11} {stall['culprit']} ({clock(stall['time'])})")
     block("waits", [(wait["who"] or "a task", _wait(wait)) for wait in stall["waits"]] if stall else ())

@@ -53,7 +53,9 @@ def test_following_a_run_whose_process_is_gone_ends_and_says_so(cli: Any, home: 
     told = cli("events", "orphan", "--follow")
     assert told.code == 0
     assert "resume orphan" in told.err
-    assert "it is gone" in cli("show", "orphan").out
+    shown = cli("show", "orphan").out
+    assert "1  crashed" in shown
+    assert "crucible-kitchen resume orphan" in shown
 
 
 @pytest.mark.anyio
