@@ -367,7 +367,7 @@ async def test_a_killed_parent_leaves_no_program(tmp_path: Path) -> None:
         "            from crucible_kitchen.workers.tree import descendants\n"
         "            import os\n"
         "            while len(found := descendants(os.getpid())) < 4: await anyio.sleep(0.01)\n"
-        "            print(*found, flush=True)\n"
+        "            print(' '.join(map(str, found)), flush=True)\n"
         "            await anyio.sleep_forever()\n"
         "anyio.run(main)\n"
     )
