@@ -228,7 +228,7 @@ def test_a_disk_that_is_full_when_the_weights_are_saved_fails_the_run(
     run: Any, command: Any, small_disk: Any, size: str, what: str
 ) -> None:
     home = small_disk(size)
-    ended = run(*supervised(model="tiny"), "max_steps=1", adapters=(ONE_THREAD,), at=home)
+    ended = run(*supervised(model="tiny"), "max_steps=1", "save_every=0", adapters=(ONE_THREAD,), at=home)
     message = told(ended, exit_code=1, error="store.full", where="supervised/save_final")
     assert what in message
     assert command("models", "--json", home=home).json == []
