@@ -151,13 +151,15 @@ class Chaos:
 
     def _ended(self, child: "subprocess.Popen[str]") -> dict[str, Any]:
         out, err = child.communicate(timeout=_SECONDS)
+        if child.returncode and "[run.ended]" in err:  # the kill came after the run's end, before the process's
+            return dict(self._told_by("show", self._newest()))
         assert child.returncode == 0, f"exit code {child.returncode}: {err[-2000:]}"
         result: dict[str, Any] = json.loads(out.splitlines()[-1])
         return result
 
     def _outcome(self, result: dict[str, Any], kills: int) -> Outcome:
         weights = [artifact["sha256"] for artifact in result["artifacts"] if artifact["kind"] == "weights"]
-        told = self._records(result["run_id"])
+        told = self._told_by("events", result["run_id"])
         return Outcome(
             result["run_id"],
             weights[-1] if weights else "",
@@ -168,12 +170,11 @@ class Chaos:
             next((r["ledger"] for r in reversed(told) if r["event"] == "rl.pipeline"), {}),
         )
 
-    def _records(self, run_id: str) -> list[dict[str, Any]]:
-        program = [sys.executable, "-m", "crucible_kitchen", "events", run_id, "--json"]
+    def _told_by(self, command: str, run_id: str) -> Any:
+        program = [sys.executable, "-m", "crucible_kitchen", command, run_id, "--json"]
         environment = os.environ | {"CRUCIBLE_HOME": str(self._home)}
         told = subprocess.run(program, env=environment, capture_output=True, text=True, check=True, timeout=_SECONDS)
-        found: list[dict[str, Any]] = json.loads(told.stdout.splitlines()[-1])
-        return found
+        return json.loads(told.stdout.splitlines()[-1])
 
 
 def _ends_within(child: "subprocess.Popen[str]", seconds: float) -> bool:

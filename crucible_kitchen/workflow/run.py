@@ -89,7 +89,8 @@ class RunContext:
         """Append an event to the log and keep its measurements as the run's latest."""
         if self.waits is not None:
             self._account(self.waits, event)
-        self.metrics |= measured(event)
+        if event.measurements and not isinstance(event, _STRUCTURE):
+            self.metrics |= measured(event)
         return self.recorder.emit(event)
 
     def add_artifact(self, artifact: BlobRef) -> None:
