@@ -110,9 +110,11 @@ class RunStore(Protocol):
         ...
 
     async def reconcile(self) -> list[RunRecord]:
-        """Close every attempt without an end whose owner is known to be dead or whose lease has ended, as ``crashed``.
+        """Close every attempt without an end that has lost its owner, as ``crashed``.
 
-        Any number of processes may do so at the same time: each run is returned to one of them.
+        It has if its owner is known to be dead or closed its store, or if its lease has ended and its owner is not
+        known to live: one that was only late goes on, unless ``open_attempt`` took its run meanwhile. Any number of
+        processes may do so at the same time: each run is returned to one of them.
         """
         ...
 

@@ -14,7 +14,7 @@ from typing import Any
 from crucible_kitchen.errors import RunNotFound
 from crucible_kitchen.store import schema
 from crucible_kitchen.store.codec import encode_json
-from crucible_kitchen.store.leases import held, lease_lost, run_ended, run_live
+from crucible_kitchen.store.leases import GIVEN_UP, held, lease_lost, orphaned, run_ended, run_live
 from crucible_kitchen.store.owner import Owner
 from crucible_kitchen.store.records import Checkpoint, FinalStatus, Lease, RunRecord
 from crucible_kitchen.types import BlobRef
@@ -103,8 +103,9 @@ def renew(connection: sqlite3.Connection, lease: Lease, until: float) -> Lease:
 
 def end_leases(connection: sqlite3.Connection, leases: Sequence[tuple[str, int]]) -> None:
     """End leases before their time: nobody will write under them any more."""
-    for lease in leases:
-        connection.execute("UPDATE leases SET until = 0.0 WHERE run_id = ? AND epoch = ?", lease)
+    for run_id, epoch in leases:
+        change = "UPDATE leases SET until = ? WHERE run_id = ? AND epoch = ?"
+        connection.execute(change, (GIVEN_UP, run_id, epoch))
 
 
 def finish(
@@ -129,11 +130,11 @@ def finish(
 
 
 def crash_orphans(connection: sqlite3.Connection, run_ids: Sequence[str], now: float) -> list[str]:
-    """End the attempts that have these runs as crashed, where they have lost their owners, and return their runs."""
+    """End the attempts that have these runs as crashed, where they are orphans, and return their runs."""
     found = []
     for run_id in run_ids:
         row = _leased(connection, run_id)
-        if row is not None and not held(_owner(row[0]), row[2], now):
+        if row is not None and orphaned(_owner(row[0]), row[2], now):
             finish(connection, run_id, "crashed", now)
             found.append(run_id)
     return found

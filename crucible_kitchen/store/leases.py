@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from crucible_kitchen.errors import LeaseLost, RunEnded, RunLive
 from crucible_kitchen.store.owner import Owner
 
-__all__ = ["held", "lease_lost", "run_ended", "run_live"]
+__all__ = ["GIVEN_UP", "held", "lease_lost", "orphaned", "run_ended", "run_live"]
+
+GIVEN_UP = float("-inf")
+"""The end of a lease whose owner will not write again."""
 
 
 def held(owner: Owner, until: float, now: float) -> bool:
@@ -18,6 +21,15 @@ def held(owner: Owner, until: float, now: float) -> bool:
     that is stopped, or whose machine is slow, keeps it until then, and its writes are refused after somebody took over.
     """
     return now < until and owner.alive() is not False
+
+
+def orphaned(owner: Owner, until: float, now: float) -> bool:
+    """Return whether nobody is there who could go on.
+
+    A lease may be taken as soon as it is not held; but a living owner that was only late (its machine slept, its loop
+    was busy) is no orphan: it goes on unless somebody asked for its run.
+    """
+    return until == GIVEN_UP or (not held(owner, until, now) and owner.alive() is not True)
 
 
 def lease_lost(run_id: str, epoch: int | None) -> LeaseLost:

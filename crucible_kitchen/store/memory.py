@@ -16,7 +16,7 @@ from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store.base import TTL, only_run
 from crucible_kitchen.store.codec import decode_event, encode_json, sealed, through_json
 from crucible_kitchen.store.front import Committed, Entry, JournalFront
-from crucible_kitchen.store.leases import held, run_ended, run_live
+from crucible_kitchen.store.leases import GIVEN_UP, held, orphaned, run_ended, run_live
 from crucible_kitchen.store.owner import Owner
 from crucible_kitchen.store.records import Attempt, Checkpoint, FinalStatus, Lease, RunRecord, RunStatus, StageRecord
 from crucible_kitchen.types import BlobRef, JsonObject
@@ -112,7 +112,7 @@ class MemoryRunStore(JournalFront):
         if self._error is None:
             for run_id, epoch in self._leases():
                 if self._runs[run_id].epoch == epoch:
-                    self._runs[run_id].until = float("-inf")
+                    self._runs[run_id].until = GIVEN_UP
         self._fail(StoreError("the run store is closed"))
         await anyio.lowlevel.checkpoint()
 
@@ -178,7 +178,11 @@ class MemoryRunStore(JournalFront):
         """See ``RunStore.reconcile``."""
         await self._step()
         now = self._clock()
-        found = [run for run in self._runs.values() if run.until is not None and not run.held(now)]
+        found = [
+            run
+            for run in self._runs.values()
+            if run.until is not None and orphaned(run.attempts[-1].owner, run.until, now)
+        ]
         for run in found:
             run.end("crashed", now, None, None)
         return [run.record for run in found]

@@ -13,7 +13,7 @@ from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store import schema
 from crucible_kitchen.store.base import only_run
 from crucible_kitchen.store.codec import decode_event
-from crucible_kitchen.store.leases import held
+from crucible_kitchen.store.leases import orphaned
 from crucible_kitchen.store.owner import Owner
 from crucible_kitchen.store.records import Attempt, Checkpoint, RunRecord, RunStatus, StageRecord
 from crucible_kitchen.types import BlobRef, Json, JsonObject
@@ -72,12 +72,12 @@ def runs(
 
 
 def orphans(connection: Connection, now: float) -> list[str]:
-    """Return the runs whose attempts have lost their owners."""
+    """Return the runs whose attempts have nobody who could go on."""
     lease, attempt = schema.leases, schema.attempts
     theirs = (attempt.c.run_id == lease.c.run_id) & (attempt.c.number == lease.c.epoch)
     query = select(lease.c.run_id, lease.c.until, attempt.c.owner).join(attempt, theirs).order_by(lease.c.run_id)
     rows = connection.execute(query)
-    return [row.run_id for row in rows if not held(Owner(**json.loads(row.owner)), row.until, now)]
+    return [row.run_id for row in rows if orphaned(Owner(**json.loads(row.owner)), row.until, now)]
 
 
 def attempts(connection: Connection, run_id: str) -> list[Attempt]:

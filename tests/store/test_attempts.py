@@ -283,6 +283,22 @@ async def test_runs_without_an_owner_are_found_once(pair: tuple[RunStore, RunSto
         await store.finish_run("mute", "completed", {})
 
 
+async def test_a_living_owner_that_was_late_is_no_orphan_but_can_be_taken_over(
+    pair: tuple[RunStore, RunStore], clock: Any
+) -> None:
+    store, other = pair
+    lease = await store.create_run(RunRecord("r", "w"))
+    clock.now += 1000.0  # the machine slept
+    assert await other.reconcile() == []
+    lease = await store.renew(lease)
+    with pytest.raises(RunLive):
+        await other.open_attempt("r")
+    clock.now += 1000.0
+    assert (await other.open_attempt("r")).epoch == 2
+    with pytest.raises(LeaseLost):
+        await store.renew(lease)
+
+
 async def test_what_a_closed_store_still_had_is_free_at_once(make: Callable[[], RunStore]) -> None:
     async with make() as store, make() as other:
         await store.create_run(RunRecord("r", "w"))
