@@ -19,6 +19,19 @@ SUPERVISED = (
     "save_every=4",
 )
 PREFERENCE = ("preference", "model=tiny", "dataset=sums", "max_steps=12", "batch_size=8", "eval_size=8", "save_every=3")
+DISTILLATION = (
+    "distillation",
+    "model=tiny",
+    "dataset=sums",
+    "sampling=deterministic",
+    "max_steps=10",
+    "batch_size=4",
+    "eval_size=4",
+    "save_every=3",
+    "teacher_training.max_steps=10",
+    "teacher_training.batch_size=16",
+    "teacher_training.save_every=3",
+)
 REINFORCEMENT = (
     "reinforcement",
     "model=tiny",
@@ -130,6 +143,11 @@ def test_branches_that_own_their_sessions_end_with_the_same_bits(tmp_path: Path,
 @pytest.mark.e2e
 def test_a_preference_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     compared((*PREFERENCE, *ONE_THREAD), tmp_path, range(2), kills=5)
+
+
+@pytest.mark.e2e
+def test_a_distillation_run_and_the_training_of_its_teacher_end_with_the_same_bits(tmp_path: Path) -> None:
+    compared((*DISTILLATION, *ONE_THREAD), tmp_path, range(1), kills=5)
 
 
 @pytest.mark.e2e
