@@ -254,8 +254,7 @@ class Kitchen:
             config_hash=manifest["config_hash"],
             created_at=time.time(),
         )
-        lease = await self.store.create_run(record)
-        await self.store.put_manifest(run_id, manifest)
+        lease = await self.store.create_run(record, manifest=manifest)
         log = EventLog(run_id, self.store)
         context = RunContext(run_id, plan.recipe, plan.config.seed, directory, log, manifest)
         context.memory = History(lease, self.store, log)
@@ -300,13 +299,12 @@ class Kitchen:
             raise RunChanged(record.run_id, refused)
         directory = self._home / "runs" / record.run_id
         await run_sync(_make_directory, directory)
-        lease = await self.store.open_attempt(record.run_id)
+        allowed = frozenset({*allow_changed, *manifest.get("changed", ())})
+        manifest = {**plan.manifest, "changed": sorted(allowed)}
+        lease = await self.store.open_attempt(record.run_id, manifest=manifest)
         log = EventLog(record.run_id, self.store, start=lease.seq)
-        context = RunContext(record.run_id, plan.recipe, plan.config.seed, directory, log, plan.manifest)
+        context = RunContext(record.run_id, plan.recipe, plan.config.seed, directory, log, manifest, allowed=allowed)
         context.memory = await History.found(lease, self.store, log)
-        context.allowed = frozenset({*allow_changed, *manifest.get("changed", ())})
-        context.manifest["changed"] = sorted(context.allowed)
-        await self.store.put_manifest(record.run_id, context.manifest)
         return self._go(plan, context, log, lease)
 
     def _go(self, plan: Plan, context: RunContext, log: EventLog, lease: Lease) -> RunHandle:

@@ -57,24 +57,30 @@ class RunStore(Protocol):
 
     # -- attempts -------------------------------------------------------------------------------------------------
 
-    async def create_run(self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL) -> Lease:
-        """Store a new run, open its first attempt, and its log for writing.
+    async def create_run(
+        self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
+        """Store a new run with its manifest, open its first attempt, and its log for writing, all in one.
 
         Args:
             record: the run; it is ``running`` from now on.
             owner: the process that the attempt belongs to; unset: this one.
             ttl: seconds that the lease lasts unless it is renewed.
+            manifest: what is run, on what; a run without one cannot be resumed.
 
         Raises:
             Conflict: the id is taken.
         """
         ...
 
-    async def open_attempt(self, run_id: str, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def open_attempt(
+        self, run_id: str, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """Open the next attempt of a run, and its log for writing where it ends.
 
         An attempt without an end is closed as ``crashed`` first, if its owner is known to be dead or its lease has
-        ended. Nothing in between: of two that try at the same time one gets the run.
+        ended. Nothing in between: of two that try at the same time one gets the run. A manifest that is given takes
+        the place of the one before.
 
         Raises:
             RunNotFound: there is no such run.
@@ -247,14 +253,6 @@ class RunStore(Protocol):
 
     async def artifacts(self, run_id: str) -> list[BlobRef]:
         """Return a run's artifacts in the order they were recorded."""
-        ...
-
-    async def put_manifest(self, run_id: str, manifest: JsonObject) -> None:
-        """Store a run's manifest, in place of an earlier one.
-
-        Raises:
-            RunNotFound, RunEnded, LeaseLost: as ``finish_run``.
-        """
         ...
 
     async def manifest(self, run_id: str) -> JsonObject | None:

@@ -30,7 +30,6 @@ __all__ = [
     "own",
     "put_artifact",
     "put_checkpoint",
-    "put_manifest",
     "renew",
 ]
 
@@ -67,14 +66,19 @@ def own(connection: sqlite3.Connection, run_id: str, epoch: int | None) -> None:
     raise lease_lost(run_id, epoch)
 
 
-def create_run(connection: sqlite3.Connection, record: RunRecord, owner: Owner, now: float, until: float) -> Lease:
-    """Insert a run and its first attempt."""
+def create_run(
+    connection: sqlite3.Connection, record: RunRecord, owner: Owner, now: float, until: float, manifest: str | None
+) -> Lease:
+    """Insert a run, its manifest and its first attempt."""
     row = [getattr(record, column) for column in _RUN_COLUMNS]
     connection.execute(_INSERT_RUN, [encode_json(value) if isinstance(value, dict) else value for value in row])
+    _put_manifest(connection, record.run_id, manifest)
     return _begin(connection, Lease(record.run_id, 1, until, 0), owner, now)
 
 
-def begin(connection: sqlite3.Connection, run_id: str, owner: Owner, now: float, until: float) -> Lease:
+def begin(
+    connection: sqlite3.Connection, run_id: str, owner: Owner, now: float, until: float, manifest: str | None
+) -> Lease:
     """Open the next attempt of a run, over one that has lost its owner."""
     status = _status(connection, run_id)
     if status == "running":
@@ -86,6 +90,7 @@ def begin(connection: sqlite3.Connection, run_id: str, owner: Owner, now: float,
     )
     last, seq = connection.execute(query, (run_id,)).fetchone()
     lease = _begin(connection, Lease(run_id, last + 1, until, seq or 0), owner, now)
+    _put_manifest(connection, run_id, manifest)
     connection.execute(
         "UPDATE runs SET status = 'running', finished_at = NULL, result = NULL, error = NULL WHERE run_id = ?",
         (run_id,),
@@ -154,11 +159,6 @@ def put_artifact(connection: sqlite3.Connection, run_id: str, artifact: BlobRef)
     connection.execute(_INSERT_ARTIFACT, row)
 
 
-def put_manifest(connection: sqlite3.Connection, run_id: str, text: str) -> None:
-    """Insert a manifest, or put it in the place of another."""
-    connection.execute(_INSERT_MANIFEST, (run_id, text))
-
-
 def put_checkpoint(connection: sqlite3.Connection, checkpoint: Checkpoint) -> None:
     """Insert a checkpoint."""
     row = [getattr(checkpoint, column) for column in _CHECKPOINT_COLUMNS]
@@ -170,6 +170,12 @@ def drop_checkpoint(connection: sqlite3.Connection, run_id: str, epoch: int | No
     if _status(connection, run_id) == "running":
         own(connection, run_id, epoch)
     connection.execute("DELETE FROM checkpoints WHERE run_id = ? AND number = ?", (run_id, number))
+
+
+def _put_manifest(connection: sqlite3.Connection, run_id: str, text: str | None) -> None:
+    """Insert a manifest, or put it in the place of another; None leaves what is there."""
+    if text is not None:
+        connection.execute(_INSERT_MANIFEST, (run_id, text))
 
 
 def _begin(connection: sqlite3.Connection, lease: Lease, owner: Owner, now: float) -> Lease:

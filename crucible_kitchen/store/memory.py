@@ -46,11 +46,12 @@ class _Run:
     def held(self, now: float) -> bool:
         return self.until is not None and held(self.attempts[-1].owner, self.until, now)
 
-    def begin(self, owner: Owner | None, now: float, ttl: float) -> Lease:
+    def begin(self, owner: Owner | None, now: float, ttl: float, manifest: JsonObject | None) -> Lease:
         number = len(self.attempts) + 1
         owner = owner or Owner.here()
         self.attempts.append(Attempt(self.record.run_id, number, owner, now, len(self.log)))
         self.until = now + ttl
+        self.manifest = self.manifest if manifest is None else through_json(manifest)
         self.record = replace(self.record, status="running", finished_at=None, result=None, error=None)
         return Lease(self.record.run_id, number, self.until, len(self.log))
 
@@ -127,17 +128,21 @@ class MemoryRunStore(JournalFront):
 
     # Attempts.
 
-    async def create_run(self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def create_run(
+        self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.create_run``."""
         await self._step()
         if record.run_id in self._runs:
             raise Conflict(f"the run {record.run_id!r} exists already")
         run = self._runs[record.run_id] = _Run(replace(record, config=through_json(record.config)))
-        lease = run.begin(owner, self._clock(), ttl)
+        lease = run.begin(owner, self._clock(), ttl, manifest)
         self._opened(lease)
         return lease
 
-    async def open_attempt(self, run_id: str, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def open_attempt(
+        self, run_id: str, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.open_attempt``."""
         run = await self._known(run_id)
         now = self._clock()
@@ -148,7 +153,7 @@ class MemoryRunStore(JournalFront):
             run.end("crashed", now, None, None)
         elif run.record.status == "completed":
             raise run_ended(run_id, run.record.status)
-        lease = run.begin(owner, now, ttl)
+        lease = run.begin(owner, now, ttl, manifest)
         self._opened(lease)
         return lease
 
@@ -265,10 +270,6 @@ class MemoryRunStore(JournalFront):
         """See ``RunStore.artifacts``."""
         await self._step()
         return list(self._runs[run_id].artifacts) if run_id in self._runs else []
-
-    async def put_manifest(self, run_id: str, manifest: JsonObject) -> None:
-        """See ``RunStore.put_manifest``."""
-        (await self._mine(run_id)).manifest = through_json(manifest)
 
     async def manifest(self, run_id: str) -> JsonObject | None:
         """See ``RunStore.manifest``."""

@@ -60,7 +60,7 @@ class SqliteRunStore(JournalFront):
     Example::
 
         async with SqliteRunStore(home / "runs.db") as store:
-            await store.create_run(RunRecord(run_id, "supervised", config=config))
+            await store.create_run(RunRecord(run_id, "supervised", config=config), manifest=manifest)
             store.append([record])
             await store.flush(run_id, record.seq)
     """
@@ -131,14 +131,17 @@ class SqliteRunStore(JournalFront):
 
     # Attempts.
 
-    async def create_run(self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def create_run(
+        self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.create_run``."""
         record = replace(record, status="running", finished_at=None, result=None, error=None)
         owner = owner or Owner.here()
+        text = None if manifest is None else encode_json(manifest)
 
         def create(connection: sqlite3.Connection) -> Lease:
             now = self._clock()
-            return changes.create_run(connection, record, owner, now, now + ttl)
+            return changes.create_run(connection, record, owner, now, now + ttl, text)
 
         try:
             lease = await self._write(create)
@@ -147,13 +150,16 @@ class SqliteRunStore(JournalFront):
         self._opened(lease)
         return lease
 
-    async def open_attempt(self, run_id: str, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def open_attempt(
+        self, run_id: str, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.open_attempt``."""
         owner = owner or Owner.here()
+        text = None if manifest is None else encode_json(manifest)
 
         def begin(connection: sqlite3.Connection) -> Lease:
             now = self._clock()
-            return changes.begin(connection, run_id, owner, now, now + ttl)
+            return changes.begin(connection, run_id, owner, now, now + ttl, text)
 
         lease = await self._write(begin)
         self._opened(lease)
@@ -212,11 +218,6 @@ class SqliteRunStore(JournalFront):
     async def put_artifact(self, run_id: str, artifact: BlobRef) -> None:
         """See ``RunStore.put_artifact``."""
         await self._write_own(run_id, lambda c: changes.put_artifact(c, run_id, artifact))
-
-    async def put_manifest(self, run_id: str, manifest: JsonObject) -> None:
-        """See ``RunStore.put_manifest``."""
-        text = encode_json(manifest)
-        await self._write_own(run_id, lambda c: changes.put_manifest(c, run_id, text))
 
     async def _write_own(
         self,

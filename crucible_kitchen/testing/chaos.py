@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
+
+from crucible_kitchen.store import SqliteRunStore
+
 __all__ = ["Chaos", "Outcome"]
 
 _SECONDS = 300.0
@@ -146,8 +150,14 @@ class Chaos:
         return next(self._home.glob("runs/*/.*.partial"), None) is not None
 
     def _newest(self) -> str:
-        found = sorted(path.name for path in (self._home / "runs").glob("*"))
-        return found[-1] if found else ""
+        """Return the run's id, or nothing where its process was killed before there was one."""
+
+        async def look() -> str:
+            async with SqliteRunStore(self._home / "runs.db") as store:
+                found = await store.runs(1)
+                return found[0].run_id if found else ""
+
+        return anyio.run(look)
 
     def _ended(self, child: "subprocess.Popen[str]") -> dict[str, Any]:
         out, err = child.communicate(timeout=_SECONDS)

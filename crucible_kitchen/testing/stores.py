@@ -115,19 +115,23 @@ class FaultyStore:
 
     # -- attempts -------------------------------------------------------------------------------------------------
 
-    async def create_run(self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def create_run(
+        self, record: RunRecord, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.create_run``."""
         if await self._strikes():
             return self._ghost.lease(Lease(record.run_id, 1, ttl, 0))
-        return self._ghost.lease(await self._store.create_run(record, owner or dead_owner(), ttl))
+        return self._ghost.lease(await self._store.create_run(record, owner or dead_owner(), ttl, manifest=manifest))
 
-    async def open_attempt(self, run_id: str, owner: Owner | None = None, ttl: float = TTL) -> Lease:
+    async def open_attempt(
+        self, run_id: str, owner: Owner | None = None, ttl: float = TTL, *, manifest: JsonObject | None = None
+    ) -> Lease:
         """See ``RunStore.open_attempt``."""
         if await self._strikes():
             before = await self._store.attempts(run_id)
             seq = len(await self._store.read(run_id, 0, 1_000_000))
             return self._ghost.lease(Lease(run_id, len(before) + 1, ttl, seq))
-        return self._ghost.lease(await self._store.open_attempt(run_id, owner or dead_owner(), ttl))
+        return self._ghost.lease(await self._store.open_attempt(run_id, owner or dead_owner(), ttl, manifest=manifest))
 
     async def renew(self, lease: Lease, ttl: float = TTL) -> Lease:
         """See ``RunStore.renew``. It is no write that counts: when it comes depends on the time."""
@@ -236,11 +240,6 @@ class FaultyStore:
     async def artifacts(self, run_id: str) -> list[BlobRef]:
         """See ``RunStore.artifacts``."""
         return await self._store.artifacts(run_id)
-
-    async def put_manifest(self, run_id: str, manifest: JsonObject) -> None:
-        """See ``RunStore.put_manifest``."""
-        if not await self._strikes():
-            await self._store.put_manifest(run_id, manifest)
 
     async def manifest(self, run_id: str) -> JsonObject | None:
         """See ``RunStore.manifest``."""

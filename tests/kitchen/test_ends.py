@@ -1,5 +1,6 @@
 """Every attempt ends once, whatever happens to a run and in whatever order: whole runs against a model of a dict."""
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
@@ -42,8 +43,8 @@ async def through(door: int) -> int:
 ends = Workflow("ends", door, through)
 RAISES = {"fail": TrainingError, "cancel": RunCancelled, "drain": RunPaused}
 SHOULD = {"complete": "completed", "fail": "failed", "cancel": "cancelled"}
-HOW = st.sampled_from(["complete", "fail", "cancel", "drain", *range(4, 10)])
-"""A number is the write at which the process dies; before the fourth there is no run yet, or no attempt."""
+HOW = st.sampled_from(["complete", "fail", "cancel", "drain", *range(3, 9)])
+"""A number is the write at which the process dies; before the third there is no run yet, or no attempt."""
 
 
 async def to_its_end(handle: RunHandle, how: Any) -> str:
@@ -141,6 +142,21 @@ class Ends(RuleBasedStateMachine):
         if statuses[-1] not in ("running", "crashed"):
             assert isinstance(records[-1].event, WorkflowStop)
             assert stops[-1] == statuses[-1]
+
+
+@pytest.mark.anyio
+async def test_a_run_whose_process_dies_at_any_write_does_not_exist_or_goes_on(home: Path) -> None:
+    ACT.update(how="complete")
+    for died_at in itertools.count(1):
+        place = home / str(died_at)
+        store = FaultyStore(SqliteRunStore(place / "runs.db"), at=died_at)
+        await Kitchen(home=place, store=store).run(ends)
+        if not store.struck:
+            break
+        async with Kitchen(home=place) as kitchen:
+            for left in await kitchen.store.runs():
+                assert (await kitchen.resume(left.run_id, target=ends)).state.through == 1, f"died at write {died_at}"
+    assert died_at > 10
 
 
 TestEnds = Ends.TestCase

@@ -171,8 +171,7 @@ async def test_a_run_whose_adapter_is_not_installed_says_which(
         manifest = await kitchen.store.manifest(run_id)
         assert manifest is not None
         manifest["adapters"]["evaluator"]["name"] = "absent"
-        await kitchen.store.open_attempt(run_id)
-        await kitchen.store.put_manifest(run_id, manifest)
+        await kitchen.store.open_attempt(run_id, manifest=manifest)
         await kitchen.store.finish_run(run_id, "failed", {})
         with pytest.raises(AdapterError, match="the port 'evaluator' has no adapter 'absent'"):
             await kitchen.resume(run_id, adapters={"training_client": with_faults(NoopTrainingClient())})

@@ -127,19 +127,17 @@ Forbidden = Callable[[RunStore], Any]
         lambda store: store.put_checkpoint(checkpoint(1)),
         lambda store: store.drop_checkpoint("r", 9),
         lambda store: store.put_artifact("r", ARTIFACT),
-        lambda store: store.put_manifest("r", {"seed": 666}),
         lambda store: store.renew(Lease("r", 1, 0.0, 0)),
         _appended,
         _recorded,
     ],
-    ids=["finish", "put_checkpoint", "drop_checkpoint", "artifact", "manifest", "renew", "append", "record"],
+    ids=["finish", "put_checkpoint", "drop_checkpoint", "artifact", "renew", "append", "record"],
 )
 async def test_nothing_of_an_attempt_that_was_taken_over_is_written(
     pair: tuple[RunStore, RunStore], write: Forbidden
 ) -> None:
     store, other = pair
-    await store.create_run(RunRecord("r", "w"), DEAD)
-    await store.put_manifest("r", {"seed": 1})
+    await store.create_run(RunRecord("r", "w"), DEAD, manifest={"seed": 1})
     await other.open_attempt("r")
     await other.put_checkpoint(checkpoint(9, epoch=2))
     with pytest.raises(LeaseLost):
@@ -248,7 +246,6 @@ async def test_nothing_is_written_after_the_end(pair: tuple[RunStore, RunStore])
         for write in (
             lambda s: s.finish_run("r", "failed", {}),
             lambda s: s.put_artifact("r", ARTIFACT),
-            lambda s: s.put_manifest("r", {}),
         ):
             with pytest.raises(RunEnded):
                 await write(one)
@@ -417,12 +414,11 @@ async def test_a_checkpoint_is_written_by_the_epoch_it_says(pair: tuple[RunStore
 async def test_deleting_a_run_leaves_nothing_of_it(pair: tuple[RunStore, RunStore]) -> None:
     store, other = pair
     for run_id in ("r", "kept"):
-        await store.create_run(RunRecord(run_id, "w"))
+        await store.create_run(RunRecord(run_id, "w"), manifest={"seed": 1})
         store.append([event(1, run_id)])
         store.record(output("w/a", 1, run_id=run_id))
         await store.put_checkpoint(replace(checkpoint(1), run_id=run_id))
         await store.put_artifact(run_id, ARTIFACT)
-        await store.put_manifest(run_id, {"seed": 1})
     with pytest.raises(RunLive):
         await other.delete_run("r")
     for run_id in ("r", "kept"):

@@ -210,15 +210,17 @@ async def test_artifacts_are_listed_in_order_and_once(make: Callable[[], RunStor
             await store.put_artifact("nobody", report)
 
 
-async def test_a_manifest_is_kept_and_can_be_replaced(make: Callable[[], RunStore]) -> None:
+async def test_a_manifest_comes_with_its_run_and_stays_until_an_attempt_brings_another(
+    make: Callable[[], RunStore],
+) -> None:
     async with make() as store:
-        run_id = await started(store)
-        assert await store.manifest(run_id) is None
-        await store.put_manifest(run_id, {"seed": 1})
-        await store.put_manifest(run_id, {"seed": 2, "packages": {"torch": "x"}})
-        assert await store.manifest(run_id) == {"seed": 2, "packages": {"torch": "x"}}
-        with pytest.raises(RunNotFound):
-            await store.put_manifest("nobody", {})
+        assert await store.manifest(await started(store, "without")) is None
+        await store.create_run(RunRecord("r", "w"), manifest={"seed": 1})
+        assert await store.manifest("r") == {"seed": 1}
+        for given, kept in ((None, {"seed": 1}), ({"seed": 2, "packages": {"torch": "x"}},) * 2):
+            await store.finish_run("r", "failed", {})
+            await store.open_attempt("r", manifest=given)
+            assert await store.manifest("r") == kept
 
 
 async def test_closing_writes_what_waits_and_wakes_who_waits(make: Callable[[], RunStore]) -> None:

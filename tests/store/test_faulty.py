@@ -14,7 +14,7 @@ from crucible_kitchen.types import BlobRef
 
 pytestmark = pytest.mark.anyio
 
-WRITES = 11
+WRITES = 10
 
 
 @pytest.fixture(params=["sqlite-asyncio", "memory-asyncio"])
@@ -23,9 +23,8 @@ def kind(request: Any) -> str:
 
 
 async def live(store: RunStore) -> None:
-    """A run's life, in eleven writes."""
-    await store.create_run(RunRecord("r", "w"))
-    await store.put_manifest("r", {"seed": 1})
+    """A run's life, in ten writes."""
+    await store.create_run(RunRecord("r", "w"), manifest={"seed": 1})
     for step in (1, 2):
         for seq in (2 * step - 1, 2 * step):
             store.append([EventRecord("r", seq, 0.0, WarningRaised(code="c", message=str(seq)))])
@@ -42,7 +41,8 @@ async def kept(store: RunStore) -> list[str]:
     if not await store.runs():
         return []
     run = await store.run("r")
-    found = ["run"] + ["manifest"] * (await store.manifest("r") is not None)
+    assert await store.manifest("r") == {"seed": 1}, "a run without a manifest cannot be resumed"
+    found = ["run"]
     events = await store.read("r", 0, 10)
     stages = await store.records("r")
     assert [record.seq for record in events] == list(range(1, len(events) + 1))
@@ -52,7 +52,7 @@ async def kept(store: RunStore) -> list[str]:
     return found + ["end"] * (run.status == "completed")
 
 
-ALL = ["run", "manifest", *["event", "event", "stage"] * 2, "checkpoint", "artifact", "end"]
+ALL = ["run", *["event", "event", "stage"] * 2, "checkpoint", "artifact", "end"]
 
 
 @pytest.mark.parametrize("error", [None, StoreError("the disk broke"), StorageFull("the disk is full")])
@@ -75,7 +75,12 @@ async def test_a_store_that_broke_refuses_everything_afterwards(make: Callable[[
     async with FaultyStore(make(), at=3, error=StorageFull("full")) as store:
         with pytest.raises(StorageFull):
             await live(store)
-        for write in (store.drain(), store.flush("r", 0), store.put_manifest("r", {}), store.durable_after("r", 0)):
+        for write in (
+            store.drain(),
+            store.flush("r", 0),
+            store.finish_run("r", "failed", {}),
+            store.durable_after("r", 0),
+        ):
             with pytest.raises(StorageFull):
                 await write
         assert (await store.run("r")).status == "running"
