@@ -19,8 +19,9 @@ from crucible_kitchen.learner.policy import ImportanceSampling
 from crucible_kitchen.learner.terms import Term, WeightedSum
 from crucible_kitchen.ports import Evaluator, Sampler, TrainingClient, TrainingSession, require_outputs
 from crucible_kitchen.stages.data import Batch
-from crucible_kitchen.stages.distillation_data import DistillationData, Lessons, MethodConfig, Prompt, answer_datum
+from crucible_kitchen.stages.distillation_data import DistillationData, MethodConfig, Prompt, answer_datum
 from crucible_kitchen.stages.evaluation import ask_questions, reported
+from crucible_kitchen.stages.lessons import Lessons
 from crucible_kitchen.stages.teachers import Teachers
 from crucible_kitchen.stages.training import take_step
 from crucible_kitchen.types import Array, Datum, IntArray, Loss, OutputsLoss, Sampled, SamplingParams, StepResult

@@ -1,23 +1,20 @@
-"""Distillation data: prompts as student and teacher see them, and what teachers say to them, sampled once.
+"""Distillation data: the method's keys, and prompts as student and teacher see them.
 
-They know ports and tokenizers, no loss. Read next: ``crucible_kitchen.stages.distillation``.
+It knows ports and tokenizers, no loss. Read next: ``crucible_kitchen.stages.lessons``.
 """
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Self
 
-import anyio
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from crucible_kitchen.config import refuse_unused
 from crucible_kitchen.errors import CapabilityError, EmptyDataset
 from crucible_kitchen.events import DataPrepared
-from crucible_kitchen.ports import BlobStore, Dataset, DatasetSpec, DatasetStore, EvalExample, TrainingSession
+from crucible_kitchen.ports import Dataset, DatasetSpec, DatasetStore, EvalExample, TrainingSession
 from crucible_kitchen.rendering import eval_example, same_tokens
 from crucible_kitchen.stages.data import (
     ROWS_PER_CHUNK,
@@ -27,9 +24,8 @@ from crucible_kitchen.stages.data import (
     held_out_questions,
     steps_planned,
 )
-from crucible_kitchen.stages.kept import kept
 from crucible_kitchen.stages.teachers import Teacher, TeacherConfig, Teachers
-from crucible_kitchen.types import Array, Datum, IntArray, Row, Sampled, SamplingParams
+from crucible_kitchen.types import Array, Datum, IntArray, Row
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run, seed_of
 from crucible_kitchen.workflow.stage import stage
@@ -37,16 +33,11 @@ from crucible_kitchen.workflow.stage import stage
 __all__ = [
     "DistillationData",
     "DistillationDataConfig",
-    "Lessons",
     "MethodConfig",
     "Prompt",
     "answer_datum",
     "build_prompts",
-    "teacher_lessons",
 ]
-
-PROMPTS_AT_ONCE = 64  # prompts that a teacher is asked concurrently
-
 
 _OWN_KEYS: Mapping[str, tuple[str, ...]] = {
     "top_k": ("top_k",),
@@ -155,32 +146,6 @@ class DistillationData(QuestionedPlan):
     teacher_examples: tuple[EvalExample, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Lessons:
-    """What the teachers said to all prompts: answers in the student's tokens.
-
-    Attributes:
-        per_prompt: answers per prompt; those of one prompt follow each other.
-        tokens: int64, all answers one after the other.
-        starts: int64 [answers + 1].
-        logprobs: float32, of each token under the teacher; NaN where they are not known.
-        top_tokens: int64 [tokens, k], the teacher's likeliest tokens; k may be 0.
-        top_logprobs: float32 [tokens, k], theirs.
-    """
-
-    per_prompt: int
-    tokens: IntArray
-    starts: IntArray
-    logprobs: NDArray[np.float32]
-    top_tokens: IntArray
-    top_logprobs: NDArray[np.float32]
-
-    def span(self, prompt: int, number: int) -> slice:
-        """Return where an answer stands."""
-        at = prompt * self.per_prompt + number
-        return slice(int(self.starts[at]), int(self.starts[at + 1]))
-
-
 def answer_datum(
     prompt: Sequence[int], answer: Sequence[int] | IntArray, key: str, inputs: Mapping[str, Array] | None = None
 ) -> Datum:
@@ -202,9 +167,6 @@ def _padded(values: Array, length: int) -> Array:
     whole = np.zeros((length, *values.shape[1:]), values.dtype)
     whole[length - len(values) :] = values
     return whole
-
-
-# --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 @stage(writes="data")
@@ -291,7 +253,8 @@ async def _prompts(
             part = await run_sync(_written, rows, start, dataset, own, teachers, session, config)
             found += [prompt for prompt in part if prompt is not None]
             dropped += part.count(None)
-    return tuple(found), prints[0] if len(prints) == 1 else _digest(prints), dropped
+    fingerprint = prints[0] if len(prints) == 1 else hashlib.sha256("\n".join(prints).encode()).hexdigest()
+    return tuple(found), fingerprint, dropped
 
 
 def _spec(name: str, config: DistillationDataConfig) -> DatasetSpec:
@@ -334,95 +297,3 @@ def _fits(prompt: Prompt, teacher: Teacher, session: TrainingSession, config: Di
     at_teacher = teacher.context_length
     fits_teacher = not at_teacher or len(prompt.teacher) + config.sample_max_tokens <= at_teacher
     return 0 < len(prompt.student) <= room - config.sample_max_tokens and fits_teacher
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-# --- what teachers say -----------------------------------------------------------------------------------------------
-
-
-@stage(writes="lessons")
-async def teacher_lessons(
-    data: DistillationData,
-    teachers: Teachers,
-    session: TrainingSession,
-    blob_store: BlobStore,
-    config: DistillationDataConfig,
-    run: Run,
-) -> AsyncIterator[Lessons | None]:
-    """Let the teachers answer every prompt, once: what they said is kept in the blob store and found again."""
-    if not config.needs_lessons:
-        yield None
-        return
-    facts = [t.spec.model_dump() for t in teachers.members]
-    asked = [config.seed, config.samples_per_prompt, config.sample_max_tokens, config.sample_temperature, _k(config)]
-    key = _digest([json.dumps([facts, asked]), *(f"{p.student}{p.teacher}{p.by}" for p in data.prompts)])
-
-    async def taught() -> Sequence[Array]:
-        return await _taught(data, teachers, session, config)
-
-    yield Lessons(config.samples_per_prompt, *await kept("data", key, blob_store, run, taught))
-
-
-def _k(config: MethodConfig) -> int:
-    return config.top_k if config.method == "top_k" else 0
-
-
-async def _taught(
-    data: DistillationData, teachers: Teachers, session: TrainingSession, config: DistillationDataConfig
-) -> Sequence[Array]:
-    params = SamplingParams(
-        max_tokens=config.sample_max_tokens,
-        temperature=config.sample_temperature,
-        top_logprobs=_k(config),
-        mode=config.sampling,
-    )
-    answers: list[Sampled] = []
-    for start in range(0, len(data.prompts), PROMPTS_AT_ONCE):
-        chunk = data.prompts[start : start + PROMPTS_AT_ONCE]
-        for prompt, said in zip(chunk, await _asked(chunk, teachers, params, config, start), strict=True):
-            teacher = teachers.members[prompt.by]
-            same = same_tokens(teacher.tokenizer, session.tokenizer)
-            answers += said if same else [_retold(sampled, session, config) for sampled in said]
-    return await run_sync(_joined, answers, _k(config))
-
-
-async def _asked(
-    chunk: Sequence[Prompt], teachers: Teachers, params: SamplingParams, config: MethodConfig, first: int
-) -> list[list[Sampled]]:
-    """Ask the teachers concurrently."""
-    found: list[list[Sampled]] = [[] for _ in chunk]
-
-    async def ask(place: int, prompt: Prompt) -> None:
-        own = replace(params, seed=seed_of(config.seed, "lessons", str(first + place)) % 2**62)
-        sampler = teachers.members[prompt.by].sampler
-        found[place] = await sampler.sample(prompt.teacher, own, config.samples_per_prompt)
-
-    async with anyio.create_task_group() as group:
-        for place, prompt in enumerate(chunk):
-            group.start_soon(ask, place, prompt)
-    return found
-
-
-def _retold(sampled: Sampled, session: TrainingSession, config: DistillationDataConfig) -> Sampled:
-    """Return what a teacher with other tokens said, in the student's; nothing is known of its log-probabilities."""
-    ended = [session.tokenizer.eos_id] if sampled.stop_reason == "stop" else []
-    tokens = np.array([*session.tokenizer.encode(sampled.text), *ended], np.int64)[: config.sample_max_tokens]
-    if not len(tokens):
-        tokens = np.array([session.tokenizer.eos_id], np.int64)
-    return replace(sampled, tokens=tokens, logprobs=np.full(len(tokens), np.nan, np.float32))
-
-
-def _joined(answers: Sequence[Sampled], k: int) -> Sequence[Array]:
-    tokens = np.concatenate([a.tokens for a in answers]).astype(np.int64)
-    tops = [(a.top_tokens, a.top_logprobs) for a in answers if a.top_tokens is not None and a.top_logprobs is not None]
-    none = np.zeros((len(tokens), 0))
-    return [
-        tokens,
-        np.cumsum([0, *(len(a.tokens) for a in answers)], dtype=np.int64),
-        np.concatenate([a.logprobs for a in answers]).astype(np.float32),
-        np.concatenate([ids for ids, _ in tops]).astype(np.int64) if k else none.astype(np.int64),
-        np.concatenate([lp for _, lp in tops]).astype(np.float32) if k else none.astype(np.float32),
-    ]

@@ -13,7 +13,7 @@ from crucible_kitchen.stages.distillation import (
     evaluate_teacher,
     log_distillation,
 )
-from crucible_kitchen.stages.distillation_data import DistillationDataConfig, build_prompts, teacher_lessons
+from crucible_kitchen.stages.distillation_data import DistillationDataConfig, build_prompts
 from crucible_kitchen.stages.evaluation import (
     best_was_kept,
     eval_at_start,
@@ -25,6 +25,7 @@ from crucible_kitchen.stages.evaluation import (
     stop_early,
     write_report,
 )
+from crucible_kitchen.stages.lessons import teacher_lessons
 from crucible_kitchen.stages.registry import RegisterConfig, check_parent, parent_given, register_model, registry_given
 from crucible_kitchen.stages.teachers import open_teachers, teacher_untold
 from crucible_kitchen.stages.training import (
