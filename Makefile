@@ -5,6 +5,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 
+# Compiled modules are kept: a process that imports transformers takes 4 s with them and 10 s without.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install demo test e2e chaos lint format bench peers peers-durability clean
 
 help:
