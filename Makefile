@@ -16,7 +16,7 @@ help:
 	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
 	@echo "make chaos    two hundred runs killed at any moment, resumed, compared bit for bit (about an hour)"
 	@echo "make bench    the tables of docs/benchmarks.md"
-	@echo "make peers    a real model beside transformers, training beside trl, tinker's client (fetches them: 200 MB)"
+	@echo "make peers    a real model beside transformers, training beside trl, tinker's client, verifiers (fetches them: 300 MB)"
 	@echo "make peers-durability  what durability costs beside DBOS, LangGraph, Flyte, Temporal, Prefect (fetches them)"
 	@echo "make install  the virtual environment only"
 
@@ -61,7 +61,12 @@ peers: $(DEV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .peers trl==1.16.0 stable-baselines3==2.9.2
 	test -x .peers/tinker-sdk/bin/python || $(PYTHON) -m venv .peers/tinker-sdk
 	.peers/tinker-sdk/bin/python -m pip install -qq --disable-pip-version-check --no-compile tinker==0.23.4
+	test -x .peers/verifiers/bin/python || $(PYTHON) -m venv .peers/verifiers
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.peers/verifiers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	.peers/verifiers/bin/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt -e ".[verifiers]"
 	$(BIN)/pytest -m peers --durations=5
+	.peers/verifiers/bin/python -m pytest -m peers tests/peers/test_verifiers.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_preference.py
 
