@@ -125,7 +125,9 @@ EVENTS = {  # name: measurements | metadata
 }
 
 ENTRY_POINTS = {
-    "crucible_kitchen.environments": "calculator deepcoder gymnasium math parity reasoning_gym reverse sort sums verifiers",
+    "crucible_kitchen.environments": """
+        calculator deepcoder gymnasium math parity reasoning_gym reverse sort sums verifiers
+    """,
     "console_scripts": "crucible-kitchen",
     "crucible_kitchen.adapters": """
         blob_store.files blob_store.noop dataset_store.files dataset_store.huggingface dataset_store.noop
