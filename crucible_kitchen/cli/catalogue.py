@@ -106,7 +106,7 @@ def adapters(as_json: JsonOption = False) -> None:
 
 @reporting
 def environments(as_json: JsonOption = False) -> None:
-    """List the environments that policies can be trained in, and whether they can be used."""
+    """List the environments, and whether they can be used."""
     from crucible_kitchen.rl.environments import environment_entries, load_environment
 
     found = []

@@ -47,7 +47,7 @@ def compare(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Put two runs side by side: config, metrics, artifacts, and their losses step by step."""
+    """Put two runs side by side. Config, metrics, artifacts, and their losses step by step."""
     found = [read(home, partial(seen, run_id=run)) for run in (first, second)]
     facts = comparison(found[0], found[1])
     if as_json:

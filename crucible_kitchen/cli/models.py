@@ -73,7 +73,7 @@ def show_model(
     adapter: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model version, what it came from and what was measured on it."""
+    """Show a model version: what it came from, what was measured on it."""
 
     async def ask(registry: "ModelRegistry") -> "list[ModelVersion]":
         name, _, version = model.partition(":")

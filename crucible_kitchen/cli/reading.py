@@ -54,7 +54,7 @@ def show(
     home: HomeOption = DEFAULT_HOME,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a run gave and what it was, its attempts, its checkpoints, and what it waits for if it stalled."""
+    """Show what a run gave and what it was. Its attempts, its checkpoints, and what it waits for if it stalled."""
 
     async def asked(store: "RunStore") -> dict[str, Any]:
         return await run_facts(store, run) | await course(store, run)

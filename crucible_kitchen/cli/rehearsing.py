@@ -60,7 +60,7 @@ def rehearse(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001 - read by the decorator
 ) -> None:
-    """Predict step time, overlap, staleness and cost of a reinforcement run, in simulated time and without a model."""
+    """Predict the speed and cost of a reinforcement run. Step time, overlap and staleness, in simulated time."""
     from crucible_kitchen.rl import rehearsal
 
     settings = _settings(target, values or [], config)

@@ -227,7 +227,7 @@ def resume(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Go on with a run that was killed, cancelled, paused or failed.
+    """Go on with a run that did not complete, whatever ended it.
 
     What is done is not done again: training returns to the newest checkpoint, and on a reproducible backend the run
     ends with the same weights as if nothing had happened. Config, dataset, code and versions must be those it began

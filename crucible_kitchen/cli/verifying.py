@@ -34,10 +34,11 @@ def verify(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Execute a finished run again from its manifest and say whether the result is the same, bit for bit.
+    """Execute a finished run again and compare, bit for bit.
 
-    Weights, the losses of every step and the final measurements are compared. Exit codes: 0 the same, 1 not the same,
-    2 it cannot be repeated (not completed, not reproducible, other code or versions than it was made with).
+    It is started from its manifest. Weights, the losses of every step and the final measurements are compared. Exit
+    codes: 0 the same, 1 not the same, 2 it cannot be repeated (not completed, not reproducible, other code or versions
+    than it was made with).
     """
     from crucible_kitchen.cli import given
     from crucible_kitchen.kitchen import Kitchen
