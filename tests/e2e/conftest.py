@@ -14,6 +14,7 @@ import pytest
 from crucible_kitchen.errors import ModelNotFound
 from crucible_kitchen.testing.models import small_instruct_model
 
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 PROGRAM = Path(sys.executable).with_name("crucible-kitchen")
 CONVERT = """
 import sys
@@ -63,6 +64,28 @@ def command() -> Command:
         return Ended(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of the demo, in which nothing ran before it."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="session")
+def demo(command: Command, demo_home: Path) -> Ended:
+    """What ``make demo`` does, to its end: it takes a minute, so whoever needs a model that can add takes this one."""
+    (line,) = (line for line in MAKEFILE.read_text(encoding="utf-8").splitlines() if "run sums_demo" in line)
+    arguments = line.partition("crucible-kitchen ")[2].split()
+    ended = command(*arguments, "--jsonl=events.jsonl", home=demo_home)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@pytest.fixture(scope="session")
+def demo_run(command: Command, demo: Ended, demo_home: Path) -> Any:
+    """What the demo's run gave, as JSON."""
+    return command("show", demo.out.split()[1], "--json", home=demo_home).json
 
 
 @pytest.fixture(scope="session")
