@@ -32,6 +32,8 @@ from crucible_kitchen.workflow.run import RunContext, StateView
 
 __all__ = ["AdapterChoice", "Kitchen", "run"]
 
+NOT_OPEN = "open the kitchen first: `async with Kitchen() as kitchen:`"
+
 
 def default_home() -> Path:
     """Return the directory that state lives in: ``CRUCIBLE_HOME``, or ``.crucible`` below the current one."""
@@ -52,6 +54,7 @@ class Kitchen:
         metrics_port: serve Prometheus metrics on this port; 0 takes a free one.
         metrics_host: the interface they are served on; loopback unless said.
         registry: names known; unset: what the installed packages offer.
+        store: where runs are kept; unset: ``runs.db`` in ``home``. It is opened and closed with the kitchen.
 
     Example::
 
@@ -103,7 +106,7 @@ class Kitchen:
     def store(self) -> RunStore:
         """The run store; it is there inside ``async with`` only."""
         if self._store is None:
-            raise RuntimeError("open the kitchen first: `async with Kitchen() as kitchen:`")
+            raise RuntimeError(NOT_OPEN)
         return self._store
 
     @property
@@ -218,9 +221,9 @@ class Kitchen:
     def _planner(self, shared: dict[str, Any]) -> Planner:
         return Planner(self.registry, self._choices, self._home, shared)
 
-    def _open(self) -> None:
+    def _must_be_open(self) -> None:
         if self._stack is None:
-            raise RuntimeError("open the kitchen first: `async with Kitchen() as kitchen:`")
+            raise RuntimeError(NOT_OPEN)
 
     async def start(
         self,
@@ -241,7 +244,7 @@ class Kitchen:
         Raises:
             ConfigError, WorkflowError, AdapterError: before anything ran.
         """
-        self._open()
+        self._must_be_open()
         plan = self._planner(self._built).plan(target, config, adapters, place)
         run_id = new_run_id()
         directory = self._home / "runs" / run_id
@@ -284,7 +287,7 @@ class Kitchen:
             RunNotFound, RunLive, RunEnded: it cannot go on.
             RunChanged: it would not be the same run, and nobody allowed that.
         """
-        self._open()
+        self._must_be_open()
         record = await self.store.run(run_id)
         manifest = await self.store.manifest(record.run_id)
         if manifest is None:
