@@ -275,6 +275,7 @@ class RowError(DataError):
         row: index of the row in its dataset, counted from 0.
         field: the field that is missing or of the wrong kind.
         problem: what is wrong with it.
+        hint: what to do.
     """
 
     code = "data.row"

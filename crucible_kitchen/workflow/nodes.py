@@ -169,6 +169,7 @@ class Workflow:
         config: the class of its config.
         returns: the names that an outer workflow sees when this one is nested in it.
         description: one line for people.
+        config_field: the field of the outer workflow's config that it takes its own from, when nested; see :meth:`at`.
 
     Example::
 
