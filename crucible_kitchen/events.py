@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 EVENTS: dict[str, type["Event"]] = {}
+"""Every event by its name, in the order of their definition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +53,12 @@ class Event:
     name: ClassVar[str] = ""
     measurements: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls) -> None:
+        EVENTS[cls.name] = cls  # twice for each: the second is the class with slots
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object, without the name."""
         return asdict(self)
-
-
-def _listed(cls: type[Event]) -> type[Event]:
-    EVENTS[cls.name] = cls
-    return cls
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +99,6 @@ class WorkflowStart(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkflowStop(Event):
-    """A run's attempt ended; always the last event. ``duration_s`` in seconds."""
-
-    name: ClassVar[str] = "workflow.stop"
-    measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
-    recipe: str
-    status: str
-    duration_s: float
-    error: Mapping[str, Any] | None = None
-    traceback: Sequence[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowRolledBack(Event):
     """A later attempt went back to a checkpoint, or to the beginning (no ``place``) of a session's block.
 
@@ -124,6 +110,19 @@ class WorkflowRolledBack(Event):
     place: str
     step: int
     after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowStop(Event):
+    """A run's attempt ended; always the last event. ``duration_s`` in seconds."""
+
+    name: ClassVar[str] = "workflow.stop"
+    measurements: ClassVar[tuple[str, ...]] = ("duration_s",)
+    recipe: str
+    status: str
+    duration_s: float
+    error: Mapping[str, Any] | None = None
+    traceback: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -486,37 +485,6 @@ class WarningRaised(Event):
     code: str
     message: str
     path: str = ""
-
-
-for _cls in (
-    WorkflowStart,
-    WorkflowRolledBack,
-    WorkflowStop,
-    StageStart,
-    StageStop,
-    StageErrored,
-    StallDetected,
-    DataPrepared,
-    TrainingStep,
-    TrainingEpoch,
-    TrainingCheckpoint,
-    EvalComplete,
-    DpoDatasetBuilt,
-    DpoStep,
-    DpoEvaluated,
-    DistillationStep,
-    ModelRegistered,
-    EnvGroupBuilt,
-    RolloutComplete,
-    AdvantagesComputed,
-    PPOUpdated,
-    RLStep,
-    PipelineMeasured,
-    GroupDropped,
-    PolicyEvaluated,
-    WarningRaised,
-):
-    _listed(_cls)
 
 
 def event_from_json(name: str, values: Mapping[str, Any]) -> Event:
