@@ -7,6 +7,8 @@ DEV := .venv/.installed-dev
 
 # Compiled modules are kept: a process that imports transformers takes 4 s with them and 10 s without.
 unexport PYTHONDONTWRITEBYTECODE
+# As many tests at once as there are cores, each with one thread for torch.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: help install demo test e2e chaos lint format bench peers peers-durability clean
 
@@ -46,10 +48,10 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/pytest -m "not e2e and not peers and not chaos" --durations=10
+	$(PYTEST) -m "not e2e and not peers and not chaos" --durations=10
 
 e2e: $(DEV)
-	$(BIN)/pytest -m "e2e and not peers and not chaos" --durations=10
+	$(PYTEST) -m "e2e and not peers and not chaos" --durations=10
 
 chaos: $(DEV)
 	$(BIN)/pytest -m chaos --durations=5
