@@ -5,6 +5,7 @@ that make its runs short; ``file: NAME`` stores it for the blocks that follow; `
 ``picture``, ``example: OF WHAT`` and ``not run: REASON`` are not run. Read next: ``test_blocks.py``.
 """
 
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,8 @@ DOCUMENTS = [
 ]
 MODEL = "SmolLM2-135M-Instruct"
 SECONDS = 240
+PROGRAMS = Path(sys.executable).parent
+SHELL = re.compile(r"[|<>&;$`]")
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{6}\b")
 FENCE = re.compile(r"^( *)```(\w*)\s*$")
 COMMENT = re.compile(r"^\s*<!--\s*(small|file|prints|not run|example|picture)\s*:?\s*(.*?)\s*-->\s*$")
@@ -164,11 +167,46 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, values, ids=[name_of(value) for value in values])
 
 
+def environment() -> dict[str, str]:
+    """Return the environment that blocks run in: this one without what would show, with the programs on its path."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CRUCIBLE_", "PYTHON"))}
+    path = f"{PROGRAMS}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+class Warm:
+    """Runs Python programs in forks of an interpreter that has imported what takes long."""
+
+    def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
+        self._process = process
+        self._output = output
+
+    def run(self, argv: list[str], directory: Path) -> tuple[int, str]:
+        """Run a program; return its exit code and all that it wrote, in order."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._output.write_bytes(b"")
+        asked = {"argv": argv, "directory": str(directory), "output": str(self._output), "seconds": SECONDS}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        code = int(self._process.stdout.readline())
+        return code, self._output.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """See ``warm.py``."""
+    command = [sys.executable, str(Path(__file__).with_name("warm.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:
+        yield Warm(process, tmp_path_factory.mktemp("warm") / "output")
+
+
 @dataclass(frozen=True)
 class Place:
     """A directory that blocks run in."""
 
     directory: Path
+    warm: Warm
 
     def furnish(self, document: Path, through: int) -> None:
         """Write the files that a document defines down to a line."""
@@ -178,14 +216,23 @@ class Place:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.content(), encoding="utf-8")
 
-    def run(self, command: list[str]) -> tuple[int, str]:
-        """Run a command here; return its exit code and all that it wrote, in order."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CRUCIBLE_", "PYTHON"))}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    def run(self, command: str) -> tuple[int, str]:
+        """Run a command here; return its exit code and all that it wrote, in order.
+
+        The id of a run in it means the newest one here. What only a shell can do goes to one, all else is run warm.
+        """
+        command = RUN_ID.sub(lambda _: self.newest_run(), command)
+        program, *arguments = shlex.split(command)
+        if SHELL.search(command) or program not in ("crucible-kitchen", "python") or arguments[0] in ("-c", "-m"):
+            return self._in_a_shell(command)
+        argv = arguments if program == "python" else [str(PROGRAMS / program), *arguments]
+        return self.warm.run(argv, self.directory)
+
+    def _in_a_shell(self, command: str) -> tuple[int, str]:
         done = subprocess.run(
-            command,
+            ["bash", "-c", command],
             cwd=self.directory,
-            env=kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"},
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -198,10 +245,6 @@ class Place:
     def newest_run(self) -> str:
         """Return the id of the newest run here."""
         return max(path.name for path in (self.directory / ".crucible" / "runs").iterdir())
-
-    def command(self, text: str) -> list[str]:
-        """Return a command for the shell; the id of a run in it means the newest one here."""
-        return ["bash", "-c", RUN_ID.sub(lambda _: self.newest_run(), text)]
 
 
 def pattern(line: str) -> str:
@@ -270,7 +313,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, language_model: Path) -> Place:
+def place(tmp_path: Path, language_model: Path, warm: Warm) -> Place:
     """A fresh directory to run blocks in, with the model that the documents speak of."""
     (tmp_path / MODEL).symlink_to(language_model, target_is_directory=True)
-    return Place(tmp_path)
+    return Place(tmp_path, warm)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import tomllib
 
 from crucible_kitchen.config import build_config
@@ -25,7 +24,7 @@ def test_every_block_says_what_it_is(block):
 def test_a_script_runs_and_prints_what_the_document_says(script, place, says):
     place.furnish(script.document, script.line)
     (place.directory / "script.py").write_text(script.content(), encoding="utf-8")
-    code, output = place.run([sys.executable, "script.py"])
+    code, output = place.run("python script.py")
     assert code == 0, output
     assert not re.search(r"Traceback|Warning|^error", output, re.MULTILINE), output
     says(output, script.prints, script.id)
@@ -36,7 +35,7 @@ def test_commands_end_and_answer_as_the_document_says(talking_document, place, s
     for block in blocks:
         place.furnish(document, block.line)
         for command in block.commands():
-            code, output = place.run(place.command(command.run))
+            code, output = place.run(command.run)
             assert code == command.code, f"{block.id}: {command.shown}\nexit {code}\n{output}"
             assert "Traceback" not in output, output
             says(output, command.output, f"{block.id}: {command.shown}")
