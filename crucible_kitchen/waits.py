@@ -5,14 +5,15 @@ that does nothing. Whatever keeps such an account itself (a tree of actors) is a
 it is asked. This file knows no stage, no actor and no queue. Read next: ``crucible_kitchen.workflow.watchdog``.
 """
 
-import asyncio
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, Protocol, TypeAlias
+
+from crucible_kitchen.loop import EventLoop
 
 __all__ = [
     "Cause",
@@ -24,7 +25,6 @@ __all__ = [
     "place",
     "sourced",
     "standing",
-    "task_getter",
     "waiting",
 ]
 
@@ -113,9 +113,9 @@ class Waits:
         stages: the stages that have begun and not ended, each with since when and in which task.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.task = task_getter()
+    def __init__(self, loop: EventLoop) -> None:
+        self.now = loop.time
+        self.task = loop.task
         self.count = 0
         self.stages: dict[str, tuple[float, Any]] = {}
         self._open: dict[waiting, tuple[str | None, float, Any]] = {}
@@ -228,17 +228,6 @@ def _chain(edge: Waiting, outgoing: dict[str, list[Waiting]]) -> list[Waiting]:
 
 
 # -- where tasks stand --------------------------------------------------------------------------------------------
-
-
-def task_getter() -> Callable[[], Any]:
-    """Return a function that says which task runs; looked up once, because anyio's own costs more than all the rest."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # no asyncio loop runs in this thread: it is trio's
-        import trio
-
-        return trio.lowlevel.current_task
-    return asyncio.current_task
 
 
 def standing(task: Any) -> str:

@@ -21,7 +21,7 @@ from crucible_kitchen.errors import (
     CrucibleError,
     MessageQuarantined,
 )
-from crucible_kitchen.waits import Cause, Waiting, place, standing, task_getter
+from crucible_kitchen.waits import Cause, Waiting, place, standing
 
 if TYPE_CHECKING:
     from crucible_kitchen.actors.supervisor import Supervisor
@@ -240,7 +240,7 @@ class Incarnation(Generic[M, R]):
     async def run(self) -> None:
         """Live, and report how it ended unless it was told to end."""
         place.set(self._cell.path)
-        self.task = task_getter()()
+        self.task = self._cell.loop.task()
         try:
             with self._outer:
                 await self._live()

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from crucible_kitchen.actors.loop import Loop, Signal
 from crucible_kitchen.errors import ActorError
+from crucible_kitchen.loop import EventLoop, Signal
 
 __all__ = ["Envelope", "Mailbox"]
 
@@ -51,7 +51,7 @@ class Mailbox(Generic[M, R]):
     The message in hand is not among them, nor one that came back from an incarnation that died: it is handled next.
     """
 
-    def __init__(self, capacity: int, loop: Loop) -> None:
+    def __init__(self, capacity: int, loop: EventLoop) -> None:
         self.capacity = capacity
         self.loop = loop
         self.closed: Callable[[], ActorError] | None = None  # makes each sender an error of its own

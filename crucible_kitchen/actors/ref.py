@@ -5,8 +5,8 @@ Read next: ``crucible_kitchen.actors.mailbox``.
 
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from crucible_kitchen.actors.loop import Signal
 from crucible_kitchen.actors.mailbox import Envelope
+from crucible_kitchen.loop import Signal
 from crucible_kitchen.waits import place
 
 if TYPE_CHECKING:

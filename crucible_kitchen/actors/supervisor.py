@@ -14,11 +14,11 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.actors.cell import Cell, describe
-from crucible_kitchen.actors.loop import Loop
 from crucible_kitchen.actors.ref import ActorRef
 from crucible_kitchen.actors.spec import ChildSpec, Spec, SupervisorSpec, Window
 from crucible_kitchen.actors.statistics import ActorStatistics, Quarantined
 from crucible_kitchen.errors import ActorError, ActorStopped, CleanupError, ConfigError, TooManyRestarts
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.waits import Waiting, sourced
 
 __all__ = ["Supervisor", "supervise"]
@@ -45,7 +45,7 @@ class Tree:
         warn: Callable[[str, str], object],
     ) -> None:
         self.group = group
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.failure: TooManyRestarts | None = None
         self.troubles: list[CleanupError] = []
         self.stopping = False

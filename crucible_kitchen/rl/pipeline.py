@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import anyio
 
 from crucible_kitchen.actors import Actor, ActorRef, ChildSpec, Restarts, SupervisorSpec, supervise
-from crucible_kitchen.actors.loop import Loop
 from crucible_kitchen.errors import CrucibleError, EnvironmentFault, MessageQuarantined
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.rl.ledgers import RolloutLedger, TimeLedger
 from crucible_kitchen.rl.plan import PipelinePlan, Rolled
 from crucible_kitchen.rl.trajectories import Ticket
@@ -104,7 +104,7 @@ class Rollouts(Generic[G]):
         self._in_vain = 0
         self._failure: Exception | None = None
         self._resumed = False
-        self._loop: Loop
+        self._loop: EventLoop
         self._room: anyio.Event  # a problem may be drawn now
         self._begun: anyio.Event  # the first turn was asked for
         self._arrival: anyio.Event  # the learner has something to look at
@@ -126,7 +126,7 @@ class Rollouts(Generic[G]):
             produce: rolls out one problem. What it raises kills its actor.
             warn: see ``supervise``.
         """
-        self._loop = Loop()
+        self._loop = EventLoop()
         self._room, self._arrival, self._begun = self._loop.event(), self._loop.event(), self._loop.event()
         self.workers = []
         self.learner = TimeLedger(self._loop.time, "start")

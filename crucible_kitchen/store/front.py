@@ -6,13 +6,13 @@ attempt of a run writes here. It knows no database and no thread. Read next: ``c
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import anyio
 import anyio.lowlevel
 
 from crucible_kitchen.errors import LeaseLost, RunNotFound, StoreError
 from crucible_kitchen.events import EventRecord
+from crucible_kitchen.loop import EventLoop, Signal
 from crucible_kitchen.store.leases import lease_lost
 from crucible_kitchen.store.records import Lease, StageRecord
 
@@ -22,20 +22,17 @@ Entry: TypeAlias = tuple[int, EventRecord | StageRecord]
 """What is queued for the journal: the epoch it is written under, and the record."""
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What one commit did.
 
     Attributes:
-        count: how many entries it took off the queue.
-        seqs: the last event that became durable, by run.
-        stages: how many stages' records did, by run.
+        entries: how many it took off the queue.
+        durable: by run, the last event that became durable (0: none did) and how many stages' records did.
         refused: the attempts whose entries were left out, because they no longer have their run.
     """
 
-    count: int
-    seqs: Mapping[str, int]
-    stages: Mapping[str, int]
+    entries: int
+    durable: Mapping[str, tuple[int, int]]
     refused: Sequence[tuple[str, int]] = ()
 
 
@@ -43,7 +40,7 @@ class Committed:
 class _Waiter:
     seq: int
     stages: int
-    done: anyio.Event = field(default_factory=anyio.Event)
+    done: Signal
 
 
 @dataclass(slots=True, eq=False)
@@ -61,14 +58,6 @@ class _Log:
     def reached(self, waiter: _Waiter) -> bool:
         return self.durable >= waiter.seq and self.durable_stages >= waiter.stages
 
-    def wake(self, *, everyone: bool = False) -> None:
-        waiting, self.waiters = self.waiters, []
-        for waiter in waiting:
-            if everyone or self.reached(waiter):
-                waiter.done.set()
-            else:
-                self.waiters.append(waiter)
-
 
 class JournalFront:
     """The part of a run store that appends and waits. Everything here runs on the event loop.
@@ -81,8 +70,9 @@ class JournalFront:
         self._limit = limit
         self._pending = 0
         self._open_logs: dict[str, _Log] = {}
-        self._drains: list[anyio.Event] = []
+        self._drains: list[Signal] = []
         self._error: StoreError | None = StoreError("the run store is not open", hint="await store.open() first")
+        self._loop: EventLoop
 
     # What the two stores supply.
 
@@ -137,7 +127,7 @@ class JournalFront:
         log = self._open_logs.get(run_id)
         if log is None or seq > log.tail:
             raise StoreError(f"record {seq} of run {run_id!r} was never appended")
-        waiter = _Waiter(seq, log.stages)
+        waiter = _Waiter(seq, log.stages, self._loop.signal())
         if log.reached(waiter):
             await anyio.lowlevel.checkpoint()
             return
@@ -154,7 +144,7 @@ class JournalFront:
             return log.durable
         self._check()
         log = self._writing(run_id)
-        await self._reach(log, _Waiter(seq + 1, 0))
+        await self._reach(log, _Waiter(seq + 1, 0, self._loop.signal()))
         return log.durable
 
     async def drain(self) -> None:
@@ -163,15 +153,16 @@ class JournalFront:
         while self._pending > self._limit:
             self._check()
             self._hurry()
-            drained = anyio.Event()
+            drained = self._loop.signal()
             self._drains.append(drained)
-            await drained.wait()
+            await drained
         self._check()
 
     # What the store and its writer report back.
 
     def _ready(self) -> None:
         """The store is open: writes are welcome."""
+        self._loop = EventLoop()
         self._error = None
 
     def _opened(self, lease: Lease) -> None:
@@ -186,7 +177,7 @@ class JournalFront:
         log = self._open_logs.get(run_id)
         if log is not None and log.error is None:
             log.error = error
-            log.wake(everyone=True)
+            self._wake(log)
 
     def _lost(self, run_id: str, epoch: int | None) -> LeaseLost:
         """An attempt turned out to have lost its run: return the error to raise."""
@@ -220,15 +211,13 @@ class JournalFront:
 
     def _committed(self, done: Committed) -> None:
         """A commit was made."""
-        self._pending -= done.count
-        for run_id, seq in done.seqs.items():
-            self._open_logs[run_id].durable = seq
-        for run_id, count in done.stages.items():
-            self._open_logs[run_id].durable_stages += count
-        for run_id in done.seqs.keys() | done.stages.keys():
+        self._pending -= done.entries
+        for run_id, (seq, stages) in done.durable.items():
             log = self._open_logs[run_id]
+            log.durable = seq or log.durable
+            log.durable_stages += stages
             if log.waiters:
-                log.wake()
+                self._wake(log)
         for run_id, epoch in done.refused:
             self._lost(run_id, epoch)
         if self._drains and self._pending <= self._limit:
@@ -239,7 +228,7 @@ class JournalFront:
         if self._error is None:
             self._error = error
         for log in self._open_logs.values():
-            log.wake(everyone=True)
+            self._wake(log)
         self._wake_drains()
 
     def _check(self) -> None:
@@ -255,18 +244,29 @@ class JournalFront:
             raise fresh(log.error)
         return log
 
+    def _wake(self, log: _Log) -> None:
+        """Wake those whose place in a log is durable; all, if it can be written to no more."""
+        waiting, log.waiters = log.waiters, []
+        stopped = self._error is not None or log.error is not None
+        for waiter in waiting:
+            if stopped or log.reached(waiter):
+                self._loop.set(waiter.done)
+            else:
+                log.waiters.append(waiter)
+
     def _wake_drains(self) -> None:
         drains, self._drains = self._drains, []
-        for event in drains:
-            event.set()
+        for signal in drains:
+            self._loop.set(signal)
 
     async def _reach(self, log: _Log, waiter: _Waiter) -> None:
         log.waiters.append(waiter)
         try:
-            await waiter.done.wait()
-        finally:
-            if waiter in log.waiters:
+            await waiter.done
+        except BaseException:
+            if waiter in log.waiters:  # else it was woken in the moment in which it was cancelled
                 log.waiters.remove(waiter)
+            raise
         if not log.reached(waiter):
             self._check()
             assert log.error is not None

@@ -84,21 +84,17 @@ class MemoryRunStore(JournalFront):
 
     def _notice(self) -> None:
         queue, self._queue = self._queue, []
-        seqs: dict[str, int] = {}
-        stages: dict[str, int] = {}
-        refused: list[tuple[str, int]] = []
         for epoch, record in queue:
             run = self._runs.get(record.run_id)
             if run is None or run.epoch != epoch:
-                refused.append((record.run_id, epoch))
+                self._committed(Committed(1, {}, ((record.run_id, epoch),)))
             elif isinstance(record, EventRecord):
                 run.log.append(record)
-                seqs[record.run_id] = record.seq
+                self._committed(Committed(1, {record.run_id: (record.seq, 0)}))
             else:
                 run.stages.pop(record.path, None)
                 run.stages[record.path] = replace(record, value=through_json(record.value))
-                stages[record.run_id] = stages.get(record.run_id, 0) + 1
-        self._committed(Committed(len(queue), seqs, stages, refused))
+                self._committed(Committed(1, {record.run_id: (0, 1)}))
 
     def _hurry(self) -> None:
         """Do nothing: what was appended is durable."""

@@ -6,9 +6,8 @@ has its run is left out by the database (``schema.fenced``) and reported. Read n
 
 import sqlite3
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import anyio
@@ -19,6 +18,7 @@ from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store import schema
 from crucible_kitchen.store.codec import encode_json
 from crucible_kitchen.store.front import Committed, Entry
+from crucible_kitchen.store.records import StageRecord
 from crucible_kitchen.workers import waker
 
 __all__ = ["Write", "Writer", "translated"]
@@ -212,7 +212,7 @@ class Writer:
         self._report(lambda: self._deliver(done, writes))
 
     def _deliver(self, done: Committed, writes: Sequence[Write]) -> None:
-        if done.count:
+        if done.entries:
             self._committed(done)
         _set_all(writes)
 
@@ -236,65 +236,70 @@ class Writer:
             self._bell.acquire()
 
 
-@dataclass(slots=True)
-class _Rows:
-    """Rows on their way into one table, and whose they are."""
-
-    statements: Sequence[str]
-    values: list[Any] = field(default_factory=list)
-    count: int = 0
-    owners: dict[tuple[str, int], int] = field(default_factory=dict)
-    """By run and epoch: the last seq, or the number of rows, whichever the table is reported by."""
-
-    def write(self, connection: sqlite3.Connection, refused: dict[tuple[str, int], None]) -> Iterator[tuple[str, int]]:
-        """Insert what is there, note the attempts that were refused, and yield the others, by run."""
-        if not self.count:
-            return
-        written = connection.execute(self.statements[self.count], self.values).rowcount
-        lost = _lost(connection, self.owners) if written != self.count else ()
-        refused.update(dict.fromkeys(lost))
-        yield from ((run_id, value) for (run_id, epoch), value in self.owners.items() if (run_id, epoch) not in lost)
-        self.values, self.count, self.owners = [], 0, {}
-
-
 class _Batch:
-    """The entries of one transaction, written a statement at a time."""
+    """The entries of one transaction, written a statement at a time.
+
+    Attributes:
+        durable: what the transaction makes durable, by run, as :class:`Committed` reports it.
+        refused: the attempts whose entries were left out.
+    """
 
     def __init__(self) -> None:
-        self._events = _Rows(_EVENTS)
-        self._stages = _Rows(_STAGES)
-        self._seqs: dict[str, int] = {}
-        self._kept: dict[str, int] = {}
-        self._refused: dict[tuple[str, int], None] = {}
-        self._count = 0
+        self.durable: dict[str, tuple[int, int]] = {}
+        self.refused: set[tuple[str, int]] = set()
+        self._events: list[tuple[int, EventRecord]] = []
+        self._stages: list[tuple[int, StageRecord]] = []
 
     def add(self, connection: sqlite3.Connection, entry: Entry) -> None:
         """Take an entry; write when a statement is full."""
         epoch, record = entry
-        self._count += 1
-        owner = (record.run_id, epoch)
         if isinstance(record, EventRecord):
-            rows, event = self._events, record.event
-            rows.values += (record.run_id, record.seq, record.time, event.name, encode_json(event), epoch)
-            rows.owners[owner] = record.seq
+            self._events.append((epoch, record))
         else:
-            rows = self._stages
-            rows.values += (record.run_id, record.path, record.input_hash, record.output_hash)
-            rows.values += (encode_json(record.value), record.seq, epoch)
-            rows.owners[owner] = rows.owners.get(owner, 0) + 1
-        rows.count += 1
-        if rows.count == ROWS_PER_STATEMENT:
+            self._stages.append((epoch, record))
+        if max(len(self._events), len(self._stages)) == ROWS_PER_STATEMENT:
             self.write(connection)
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Write what was taken."""
-        self._seqs.update(self._events.write(connection, self._refused))
-        for run_id, count in self._stages.write(connection, self._refused):
-            self._kept[run_id] = self._kept.get(run_id, 0) + count
+        if self._events:
+            self._write_events(connection)
+        if self._stages:
+            self._write_stages(connection)
 
-    def committed(self) -> Committed:
-        """Return what was done, once it is committed."""
-        return Committed(self._count, self._seqs, self._kept, tuple(self._refused))
+    def _write_events(self, connection: sqlite3.Connection) -> None:
+        events, self._events = self._events, []
+        values: list[Any] = []
+        for epoch, r in events:
+            values += (r.run_id, r.seq, r.time, r.event.name, encode_json(r.event), epoch)
+        last = {(r.run_id, epoch): r.seq for epoch, r in events}
+        for run_id, seq in self._insert(connection, _EVENTS[len(events)], values, len(events), last):
+            self.durable[run_id] = (seq, self.durable.get(run_id, (0, 0))[1])
+
+    def _write_stages(self, connection: sqlite3.Connection) -> None:
+        stages, self._stages = self._stages, []
+        values: list[Any] = []
+        for epoch, r in stages:
+            values += (r.run_id, r.path, r.input_hash, r.output_hash, encode_json(r.value), r.seq, epoch)
+        counts = Counter((r.run_id, epoch) for epoch, r in stages)
+        for run_id, count in self._insert(connection, _STAGES[len(stages)], values, len(stages), counts):
+            seq, kept = self.durable.get(run_id, (0, 0))
+            self.durable[run_id] = (seq, kept + count)
+
+    def _insert(
+        self,
+        connection: sqlite3.Connection,
+        statement: str,
+        values: Sequence[Any],
+        rows: int,
+        places: Mapping[tuple[str, int], int],
+    ) -> list[tuple[str, int]]:
+        """Insert rows, note the attempts that were refused, and return the places of the others, by run."""
+        lost: set[tuple[str, int]] = set()
+        if connection.execute(statement, values).rowcount != rows:
+            lost = _lost(connection, places)
+            self.refused |= lost
+        return [(run_id, place) for (run_id, epoch), place in places.items() if (run_id, epoch) not in lost]
 
 
 def _lost(connection: sqlite3.Connection, owners: Iterable[tuple[str, int]]) -> set[tuple[str, int]]:
@@ -328,7 +333,7 @@ def _apply(connection: sqlite3.Connection, items: Sequence[_Item], writes: Seque
         raise
     if barrier:
         connection.execute("PRAGMA synchronous=NORMAL")
-    return batch.committed()
+    return Committed(len(items) - len(writes), batch.durable, tuple(batch.refused))
 
 
 def _are_events(items: Sequence[_Item]) -> bool:

@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 ATTEMPTS = 5
 BACKOFF = 0.1
 BACKOFF_MOST = 2.0
+BATCH = 256
+"""Most records that a sink is given at a time."""
 CALL_SECONDS = 10.0
 LINGER = 0.02
 """Seconds between two batches, so that a sink is not woken by every single commit."""
@@ -76,9 +78,9 @@ async def pump(sink: Sink, run: RunInfo, log: EventLog) -> None:
     """
     try:
         await _tried(sink, lambda: sink.open(run))
-        async for batch in log.batches():
+        async for batch in log.batches(size=BATCH):
             await _tried(sink, lambda records=batch: sink.handle(records))  # type: ignore[misc]
-            if not batch[-1].terminal:
+            if len(batch) < BATCH and not batch[-1].terminal:  # else there is more, and the sink is to keep up
                 await anyio.sleep(LINGER)
     except _GaveUp as error:
         _warn(sink, log, str(error))

@@ -4,6 +4,8 @@ It knows how branches fail and join, not what runs in them. Read next: ``crucibl
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -36,7 +38,9 @@ class Branches:
         self._paused: RunPaused | None = None
         self._asides: list[str] = []
         self._joined: list[Frame] = []
-        self._slots = anyio.CapacityLimiter(node.limit or max(1, len(node.branches)))
+        self._slots: AbstractAsyncContextManager[Any] = (
+            nullcontext() if node.limit is None else anyio.CapacityLimiter(node.limit)
+        )
         self._group: anyio.abc.TaskGroup
 
     async def run(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 
 from crucible_kitchen.errors import StageTimeout
-from crucible_kitchen.workflow.clock import loop_clock
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.workflow.failures import as_ours, note
 from crucible_kitchen.workflow.reports import Reports
 
@@ -19,10 +19,10 @@ __all__ = ["Compensations"]
 class Compensations:
     """The compensations of one run, in the order in which their stages were done."""
 
-    def __init__(self, reports: Reports, grace: float) -> None:
+    def __init__(self, reports: Reports, loop: EventLoop, grace: float) -> None:
         self._reports = reports
         self._grace = grace
-        self._now = loop_clock()
+        self._now = loop.time
         self._hooks: list[tuple[Callable[..., Any], dict[str, Any], str]] = []
 
     def add(self, hook: Callable[..., Any], arguments: dict[str, Any], path: str) -> None:

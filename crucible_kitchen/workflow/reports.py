@@ -5,8 +5,8 @@ It knows events and the run's log, no node. Read next: ``crucible_kitchen.workfl
 
 from crucible_kitchen.errors import CrucibleError
 from crucible_kitchen.events import StageErrored, StageStart, StageStop
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.redaction import redacted
-from crucible_kitchen.workflow.clock import loop_clock
 from crucible_kitchen.workflow.failures import note, trace
 from crucible_kitchen.workflow.run import RunContext
 
@@ -16,9 +16,9 @@ __all__ = ["Reports"]
 class Reports:
     """The stage events of one run; ``began`` is always a time of the loop's clock, seconds."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, loop: EventLoop) -> None:
         self._context = context
-        self._now = loop_clock()
+        self._now = loop.time
 
     def began(self, stage: str, path: str, attempt: int = 1) -> None:
         """Report that a try began."""

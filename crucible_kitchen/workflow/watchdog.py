@@ -13,9 +13,9 @@ import anyio.abc
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import RunStalled
 from crucible_kitchen.events import StallDetected
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.types import JsonObject
 from crucible_kitchen.waits import Waiting, Waits, culprit, current_waits
-from crucible_kitchen.workflow.clock import loop_clock
 from crucible_kitchen.workflow.failures import note
 from crucible_kitchen.workflow.run import RunContext
 
@@ -35,7 +35,7 @@ async def watched(work: Callable[[], Awaitable[T]], config: RunConfig, context: 
         RunStalled: nothing moved for ``stall_after`` seconds, and ``on_stall`` is ``abort``.
         Exception: whatever the work raised.
     """
-    waits = context.waits = Waits(loop_clock())
+    waits = context.waits = Waits(EventLoop())
     token = current_waits.set(waits)
     result: list[T] = []
     failure: Exception | None = None

@@ -64,7 +64,7 @@ class Withheld(JournalFront):
         return self.records[after : min(after + limit, self.durable(run_id))]
 
     def write(self, seq: int) -> None:
-        self._committed(Committed(seq - self.durable("r"), {"r": seq}, {}))
+        self._committed(Committed(seq - self.durable("r"), {"r": (seq, 0)}))
 
     def breaks(self) -> None:
         self._fail(StoreError("the disk broke"))

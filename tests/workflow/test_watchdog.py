@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from crucible_kitchen.actors import Actor, ChildSpec, SupervisorSpec, supervise
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.errors import RunStalled
+from crucible_kitchen.loop import EventLoop
 from crucible_kitchen.store import MemoryRunStore, RunRecord
 from crucible_kitchen.telemetry import EventLog
 from crucible_kitchen.testing.clock import virtual_clock
@@ -331,7 +332,7 @@ async def test_what_a_source_moved_still_counts_when_it_is_gone() -> None:
         def waiting(self) -> list[Waiting]:
             return [edge("a", "b")]
 
-    waits = Waits(anyio.current_time)
+    waits = Waits(EventLoop())
     before = waits.moves
     with waits.with_source(Moved()):
         assert waits.snapshot() == [edge("a", "b")]

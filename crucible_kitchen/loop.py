@@ -1,7 +1,8 @@
-"""What actors need of the event loop, looked up once: its clock, its events, and a signal that costs less.
+"""What is needed of the event loop, looked up once: its clock, its task, its scopes and events, and a cheap signal.
 
-anyio finds its backend anew at every call, and an ``anyio.Event`` serves many waiters; both cost more than all the rest
-of an ask. This file knows nothing of actors. Read next: ``crucible_kitchen.actors.ref``.
+anyio finds its backend anew at every call, and an ``anyio.Event`` serves many waiters; for a stage or an ask both cost
+more than what is asked of them. This file knows nothing of workflows, actors and stores. Read next:
+``crucible_kitchen.waits``.
 """
 
 import asyncio
@@ -11,26 +12,35 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import anyio
+import anyio.lowlevel
 
-__all__ = ["Loop", "Signal"]
+__all__ = ["EventLoop", "Signal"]
 
 Signal: TypeAlias = Awaitable[object]
-"""Awaited by one task, once; goes on when it is given to ``Loop.set``."""
+"""Awaited by one task, once; goes on when it is given to ``EventLoop.set``."""
 
 
-class Loop:
+class EventLoop:
     """The running event loop.
 
     Attributes:
         time: says what ``anyio.current_time`` says, virtual time included.
+        task: says which task runs.
+        scope: the backend's own class of ``anyio.CancelScope``.
         event: the backend's own class of ``anyio.Event``.
+        checkpoint_if_cancelled: anyio's.
         signal: makes a signal.
         set: lets the task that awaits a signal go on; once set, or once nobody waits any more, it does nothing.
     """
 
     def __init__(self) -> None:
+        self.scope: type[anyio.CancelScope] = type(anyio.CancelScope())
         self.event: type[anyio.Event] = type(anyio.Event())
+        self.checkpoint_if_cancelled: Callable[[], Awaitable[None]] = (
+            anyio.lowlevel.current_token().backend_class.checkpoint_if_cancelled
+        )
         self.time: Callable[[], float]
+        self.task: Callable[[], Any]
         self.signal: Callable[[], Signal]
         self.set: Callable[[Any], None]
         try:
@@ -38,10 +48,12 @@ class Loop:
         except RuntimeError:  # no asyncio loop runs in this thread: it is trio's
             import trio
 
-            self.time, self.signal, self.set = trio.current_time, _TrioSignal, _TrioSignal.set
+            self.time, self.task = trio.current_time, trio.lowlevel.current_task
+            self.signal, self.set = _TrioSignal, _TrioSignal.set
         else:
             plain = getattr(type(loop), "time", None) is asyncio.BaseEventLoop.time
             self.time = time.monotonic if plain else loop.time  # the same, without a call in between
+            self.task = partial(asyncio.current_task, loop)
             self.signal, self.set = partial(asyncio.Future, loop=loop), _set_future
 
 
