@@ -4,7 +4,7 @@ The peers (DBOS, LangGraph with its SQLite saver, Flyte, Temporal's local activi
 ``make peers-durability``, each into a virtual environment of its own below ``.peers/durability``; one that is not there
 is left out, and said to be. A row is the median of the repetitions, ``best`` the lowest.
 
-    python benchmarks/bench_durability.py [--steps 300] [--repetitions 5] [--kills 12] [--seed 1] [--only NAME ...]
+    python benchmarks/bench_durability.py [--steps 300] [--repetitions 5] [--kills 12] [--seeds 1 2 3] [--only NAME ...]
 """
 
 import argparse
@@ -107,45 +107,53 @@ def cost(engine: Engine, steps: int) -> list[tuple[str, float]]:
 # -- kill -9 ------------------------------------------------------------------------------------------------------
 
 
-def killed(engines: list[Engine], kills: int, seed: int, steps: int) -> None:
-    """Print how often steps ran that were killed in the middle of a run, again and again."""
+def killed(engines: list[Engine], kills: int, seeds: list[int], steps: int) -> None:
+    """Print how often steps ran that were killed in the middle of a run, again and again; a run for each seed."""
     rows = []
     for engine in engines:
         for how in engine.how:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append([f"{engine.name} {how}".strip(), *ordeal(engine, how, Path(folder), kills, seed, steps)])
-    print_table(
-        f"kill -9 in a run of {steps} steps (seed {seed})",
-        ["engine", "kills", "steps run more than once", "worst", "steps through", "ended", "s"],
-        rows,
-    )
+            found = [ordeal(engine, how, kills, seed, steps) for seed in seeds]
+            again = ", ".join(str(sum(1 for count in times.values() if count > 1)) for times, _ in found)
+            worst = max(count for times, _ in found for count in times.values())
+            ended = [end if len(times) == steps else f"{end}, {len(times)} steps" for times, end in found]
+            rows.append([f"{engine.name} {how}".strip(), again, f"{worst}x", "yes" if set(ended) == {"0"} else ended])
+    if rows:
+        seeded = ", ".join(map(str, seeds))
+        title = f"{kills} times kill -9 in a run of {steps} steps (seeds {seeded})"
+        print_table(title, ["engine", "steps that ran more than once", "worst", "all steps through"], rows)
 
 
-def ordeal(engine: Engine, how: str, folder: Path, kills: int, seed: int, steps: int) -> list[object]:
-    """Start a run, kill it after one to three more steps are through, start it again, and so on; then let it end."""
-    draw, lines, began, done = random.Random(f"{seed}:{engine.name}:{how}"), folder / "through.txt", time.monotonic(), 0
-    while done < kills:
-        with started(engine.command("run", folder, steps, how)) as process:
-            wanted = counted(lines) + draw.randint(1, 3)
-            while process.poll() is None and counted(lines) < wanted and time.monotonic() - began < PATIENCE:
-                time.sleep(0.001)
-            if process.poll() is not None or time.monotonic() - began >= PATIENCE:
-                break
-            time.sleep(draw.uniform(0, 0.012))  # anywhere in the next step, or in the record of the last one
-            process.kill()
-            process.wait()
-            done += 1
-    with started(engine.command("run", folder, steps, how)) as process:
-        try:
-            code: int | str = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = "hung"
-    times = Counter(lines.read_text().split())
-    again = sum(1 for count in times.values() if count > 1)
-    worst = max(times.values(), default=0)
-    ended = "yes" if code == 0 and len(times) == steps else f"NO ({code})"
-    return [done, again, f"{worst}x", f"{len(times)}/{steps}", ended, time.monotonic() - began]
+def ordeal(engine: Engine, how: str, kills: int, seed: int, steps: int) -> tuple[Counter[str], str]:
+    """Start a run, kill it after one to three more steps are through, start it again, and so on; then let it end.
+
+    Returns:
+        how often the body of each step was through, and the exit code of the last process, or why it has none.
+    """
+    draw = random.Random(f"{seed}:{engine.name}:{how}")
+    with tempfile.TemporaryDirectory() as folder:
+        lines, command = Path(folder) / "through.txt", engine.command("run", Path(folder), steps, how)
+        for _ in range(kills):
+            with started(command) as process:
+                if not reached(lines, counted(lines) + draw.randint(1, 3), process):
+                    return Counter(lines.read_text().split()), "it ended before it was killed"
+                time.sleep(draw.uniform(0, 0.012))  # anywhere in the next step, or in the record of the last one
+                process.kill()
+        with started(command) as process:
+            try:
+                ended = str(process.wait(PATIENCE))
+            except subprocess.TimeoutExpired:
+                ended = "it hung"
+        return Counter(lines.read_text().split()), ended
+
+
+def reached(lines: Path, wanted: int, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until so many bodies were through; False if the process ended before, or hangs."""
+    began = time.monotonic()
+    while counted(lines) < wanted:
+        if process.poll() is not None or time.monotonic() - began > PATIENCE:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 @contextmanager
@@ -170,7 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--kills", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--only", nargs="*", default=[engine.script for engine in ENGINES])
     args = parser.parse_args()
     asked = [engine for engine in ENGINES if engine.script in args.only]
@@ -181,7 +189,7 @@ def main() -> None:
     if args.repetitions:
         costs(there, args.steps, args.repetitions)
     if args.kills:
-        killed(there, args.kills, args.seed, 40)
+        killed(there, args.kills, args.seeds, 40)
 
 
 if __name__ == "__main__":

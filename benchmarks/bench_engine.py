@@ -15,13 +15,14 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+from _floor import committed, handed_over
 from _table import machine, print_table
 
 from crucible_kitchen.config import RunConfig
@@ -151,21 +152,19 @@ class Logs:
 
 
 def many_runs(logs: Logs) -> Measure:
-    """Return a measurement of 64 runs at a time, each with a log of its own."""
+    """Return a measurement of 64 runs at a time, each with a log of its own, from the first stage to the last."""
 
     async def measure(count: int) -> float:
         per_lane = max(BODY, count // LANES)
         workflow = chain(per_lane)
-
-        async def lane() -> None:
-            async with logs.one() as log:
-                await run(workflow, SYNC, log)
-
-        began = time.perf_counter()
-        async with anyio.create_task_group() as group:
-            for _ in range(LANES):
-                group.start_soon(lane)
-        return (time.perf_counter() - began) / (per_lane // BODY * BODY * LANES)
+        async with AsyncExitStack() as open_logs:
+            opened = [await open_logs.enter_async_context(logs.one()) for _ in range(LANES)]
+            began = time.perf_counter()
+            async with anyio.create_task_group() as group:
+                for log in opened:
+                    group.start_soon(run, workflow, SYNC, log)
+            taken = time.perf_counter() - began
+        return taken / (per_lane // BODY * BODY * LANES)
 
     return measure
 
@@ -205,6 +204,8 @@ async def stage_costs(repetitions: int, stages: int) -> None:
                 Case("the same, one stage to a loop's turn", timed(single, BEHIND, in_memory), stages),
                 Case("event log in memory, metrics sink", timed(chain, BEHIND, ram.one), stages, 10),
                 Case("SQLite log `behind`, metrics sink", timed(chain, BEHIND, disk.one), stages, 12),
+                Case("a thread and back", handed_over, stages),
+                Case("a thread that commits one row, and back", committed, stages),
                 Case("SQLite log `sync`, one lane", timed(chain, SYNC, disk.one), stages, 35),
                 Case("SQLite log `sync`, 64 branches", timed(lanes, SYNC, disk.one), wide, 18),
                 Case("SQLite log `sync`, 64 runs", many_runs(disk), wide, 18),

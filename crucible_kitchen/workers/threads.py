@@ -6,6 +6,7 @@ strictly in order (torch, SQLite). Under :func:`inline` (virtual-clock tests) bo
 """
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
@@ -204,20 +205,27 @@ class Submissions:
 
     def __init__(self, group: anyio.abc.TaskGroup) -> None:
         self._group = group
+        self._open = 0
         self._turn: anyio.Event | None = None
         self._failed: list[PendingResult[Any]] = []
 
     @classmethod
     @asynccontextmanager
     async def open(cls) -> AsyncGenerator["Submissions", None]:
-        """Open a task group for submissions; an error of the block leaves it as it is, not in a group of one."""
-        failure: Exception | None = None
+        """Open a task group for submissions; an error of the block leaves it as it is, not in a group of one.
+
+        The group hears nothing of a cancellation of the block: it would tell its tasks once more, which know it, and
+        write down by whom, which costs more than the rest of the way out.
+        """
+        failure: BaseException | None = None
         async with anyio.create_task_group() as group:
+            calls = cls(group)
             try:
-                yield cls(group)
-            except Exception as error:  # noqa: BLE001 - raised again below, outside the task group
+                yield calls
+            except BaseException as error:  # noqa: BLE001 - raised again below, outside the task group
                 failure = error
-            group.cancel_scope.cancel()
+            if calls._open and anyio.current_effective_deadline() != -math.inf:
+                group.cancel_scope.cancel()  # where all around is cancelled the calls are, too
         if failure is not None:
             raise failure
 
@@ -246,6 +254,7 @@ class Submissions:
         self.check()
         pending: PendingResult[R] = PendingResult()
         before, self._turn = self._turn, anyio.Event()
+        self._open += 1
         self._group.start_soon(self._run, call, pending, before, self._turn)
         return pending
 
@@ -268,6 +277,7 @@ class Submissions:
             pending._error = error
             self._failed.append(pending)
         finally:
+            self._open -= 1
             pending._done.set()
             turn.set()
 

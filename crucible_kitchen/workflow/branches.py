@@ -34,6 +34,7 @@ class Branches:
         self._frame = frame
         self._body = body
         self._halt = node.on_error == "halt"
+        self._cancelled = anyio.get_cancelled_exc_class()
         self._failures: list[Exception] = []
         self._paused: RunPaused | None = None
         self._asides: list[str] = []
@@ -55,7 +56,7 @@ class Branches:
                     fork = self._frame.branch()
                     fork.failed = self._failed
                     self._group.start_soon(self._branch, nodes, fork)
-        except anyio.get_cancelled_exc_class():
+        except self._cancelled:
             if not (self._halt and self._failures):  # what failed before the cancellation came is what is reported
                 raise
         if self._halt and self._failures:
@@ -73,7 +74,7 @@ class Branches:
             async with self._slots:
                 await self._body(nodes, fork, f"{fork.prefix}/{_name(nodes)}#branch{fork.depth}")
             self._joined.append(fork)
-        except anyio.get_cancelled_exc_class() as cancelled:
+        except self._cancelled as cancelled:
             self._asides += getattr(cancelled, "__notes__", ())  # what failed while this branch was closed
             raise
         except Exception as error:  # noqa: BLE001 - the first is raised after the join, the rest noted
