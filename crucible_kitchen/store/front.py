@@ -213,15 +213,19 @@ class JournalFront:
         """A commit was made."""
         self._pending -= done.entries
         for run_id, (seq, stages) in done.durable.items():
-            log = self._open_logs[run_id]
-            log.durable = seq or log.durable
-            log.durable_stages += stages
-            if log.waiters:
-                self._wake(log)
+            self._reached(run_id, seq, stages)
         for run_id, epoch in done.refused:
             self._lost(run_id, epoch)
         if self._drains and self._pending <= self._limit:
             self._wake_drains()
+
+    def _reached(self, run_id: str, seq: int, stages: int) -> None:
+        """A run's log is durable up to an event (0: none of them is new), and so are more stages' records."""
+        log = self._open_logs[run_id]
+        log.durable = seq or log.durable
+        log.durable_stages += stages
+        if log.waiters:
+            self._wake(log)
 
     def _fail(self, error: StoreError) -> None:
         """Nothing can be written any more; everyone who waits learns it. The first error stays."""

@@ -15,7 +15,7 @@ from crucible_kitchen.errors import Conflict, RunNotFound, StoreError
 from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store.base import TTL, only_run
 from crucible_kitchen.store.codec import decode_event, encode_json, sealed, through_json
-from crucible_kitchen.store.front import Committed, Entry, JournalFront
+from crucible_kitchen.store.front import Entry, JournalFront
 from crucible_kitchen.store.leases import GIVEN_UP, held, orphaned, run_ended, run_live
 from crucible_kitchen.store.owner import Owner
 from crucible_kitchen.store.records import Attempt, Checkpoint, FinalStatus, Lease, RunRecord, RunStatus, StageRecord
@@ -31,6 +31,8 @@ class _Run:
     record: RunRecord
     until: float | None = None
     """When the lease of the last attempt ends; None: nobody has one."""
+    epoch: int | None = None
+    """The attempt that may write."""
     attempts: list[Attempt] = field(default_factory=list)
     log: list[EventRecord] = field(default_factory=list)
     stages: dict[str, StageRecord] = field(default_factory=dict)
@@ -38,16 +40,11 @@ class _Run:
     artifacts: dict[BlobRef, None] = field(default_factory=dict)
     manifest: JsonObject | None = None
 
-    @property
-    def epoch(self) -> int | None:
-        """The attempt that may write."""
-        return None if self.until is None else self.attempts[-1].number
-
     def held(self, now: float) -> bool:
         return self.until is not None and held(self.attempts[-1].owner, self.until, now)
 
     def begin(self, owner: Owner | None, now: float, ttl: float, manifest: JsonObject | None) -> Lease:
-        number = len(self.attempts) + 1
+        number = self.epoch = len(self.attempts) + 1
         owner = owner or Owner.here()
         self.attempts.append(Attempt(self.record.run_id, number, owner, now, len(self.log)))
         self.until = now + ttl
@@ -56,7 +53,7 @@ class _Run:
         return Lease(self.record.run_id, number, self.until, len(self.log))
 
     def end(self, status: FinalStatus, now: float, result: JsonObject | None, error: JsonObject | None) -> None:
-        self.until = None
+        self.until = self.epoch = None
         self.attempts[-1] = replace(self.attempts[-1], ended_at=now, status=status, error=error)
         self.record = replace(self.record, status=status, finished_at=now, result=result, error=error)
 
@@ -84,17 +81,18 @@ class MemoryRunStore(JournalFront):
 
     def _notice(self) -> None:
         queue, self._queue = self._queue, []
+        self._pending -= len(queue)
         for epoch, record in queue:
             run = self._runs.get(record.run_id)
             if run is None or run.epoch != epoch:
-                self._committed(Committed(1, {}, ((record.run_id, epoch),)))
+                self._lost(record.run_id, epoch)
             elif isinstance(record, EventRecord):
                 run.log.append(record)
-                self._committed(Committed(1, {record.run_id: (record.seq, 0)}))
+                self._reached(record.run_id, record.seq, 0)
             else:
                 run.stages.pop(record.path, None)
                 run.stages[record.path] = replace(record, value=through_json(record.value))
-                self._committed(Committed(1, {record.run_id: (0, 1)}))
+                self._reached(record.run_id, 0, 1)
 
     def _hurry(self) -> None:
         """Do nothing: what was appended is durable."""
