@@ -128,11 +128,13 @@ class Waits:
 
     def began(self, path: str) -> None:
         """Hear that a stage began, in the task that runs it."""
+        self.count += 1
         place.set(path)
         self.stages[path] = (self.now(), self.task())
 
     def ended(self, path: str) -> None:
         """Hear that a stage ended."""
+        self.count += 1
         self.stages.pop(path, None)
 
     def snapshot(self) -> list[Waiting]:

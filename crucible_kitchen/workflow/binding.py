@@ -39,9 +39,9 @@ class Binder:
         return (*self.required, *(name for name, _ in self.optional))
 
     def bind(
-        self, values: Mapping[str, Any], config: RunConfig, adapters: Mapping[str, Any], run: Callable[[], Run]
+        self, values: Mapping[str, Any], config: RunConfig, adapters: Mapping[str, Any], run: Run
     ) -> dict[str, Any]:
-        """Return the arguments; ``run`` is made only where it is asked for.
+        """Return the arguments.
 
         Raises:
             KeyError: a required name was not written; a checked workflow cannot come here.
@@ -55,7 +55,7 @@ class Binder:
         if self.config:
             arguments["config"] = config
         if self.run:
-            arguments["run"] = run()
+            arguments["run"] = run
         return arguments
 
 

@@ -88,7 +88,7 @@ class RunContext:
     def emit(self, event: Event) -> EventRecord:
         """Append an event to the log and keep its measurements as the run's latest."""
         if self.waits is not None:
-            self._account(self.waits, event)
+            self.waits.count += 1  # whatever happens is a movement
         if event.measurements and not isinstance(event, _STRUCTURE):
             self.metrics |= measured(event)
         return self.recorder.emit(event)
@@ -106,14 +106,6 @@ class RunContext:
         self.metrics |= metrics
         for artifact in artifacts:
             self.add_artifact(BlobRef(**artifact))
-
-    def _account(self, waits: Waits, event: Event) -> None:
-        """Tell the account of waits which stages are under way; whatever happens is a movement."""
-        waits.count += 1
-        if isinstance(event, StageStart):
-            waits.began(event.path)
-        elif isinstance(event, (StageStop, StageErrored)):
-            waits.ended(event.path)
 
 
 def measured(event: Event) -> dict[str, float]:

@@ -236,7 +236,7 @@ class Steps:
     ) -> dict[str, Any]:
         """Return what a function is given here; ``instead`` are values as they were when it was entered."""
         values = {**frame.values, **instead} if instead else frame.values
-        return binder_of(fn).bind(values, frame.config, self._adapters, lambda: run)
+        return binder_of(fn).bind(values, frame.config, self._adapters, run)
 
     def call(
         self, selector: Callable[..., Any], frame: Frame, path: str, instead: Mapping[str, Any] | None = None
