@@ -50,6 +50,16 @@ async def test_a_sink_gets_the_whole_log_in_order(log: EventLog) -> None:
     assert [r.seq for r in sink.records] == list(range(1, 605))
 
 
+async def test_a_sink_that_is_behind_catches_up_without_a_pause(log: EventLog) -> None:
+    sink = RecordingSink()
+    emit(log, 2_000)
+    finish(log)
+    began = anyio.current_time()
+    await pump(sink, RUN, log)
+    assert len(sink.records) == 2_001
+    assert anyio.current_time() == began
+
+
 async def test_a_sink_that_fails_for_a_while_loses_nothing(log: EventLog) -> None:
     sink = RecordingSink(failures=4)
     emit(log, 5)
