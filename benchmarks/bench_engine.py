@@ -303,7 +303,7 @@ class Waiting:
         async def awaited() -> None:
             await calls.submit(anyio.sleep_forever)
 
-        async with Submissions.open() as calls:
+        async with Submissions() as calls:
             await self.ended(awaited)
 
 

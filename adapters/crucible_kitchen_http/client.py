@@ -101,7 +101,7 @@ class HttpTrainingClient:
             _check_spec(spec, extended=True)
             await remote.create()
             _check_spec(spec, extended=remote.extended)
-            async with Submissions.open() as submissions, anyio.create_task_group() as beating:
+            async with Submissions() as submissions, anyio.create_task_group() as beating:
                 beating.start_soon(remote.beat)
                 session = await self._session(remote, submissions, spec)
                 try:

@@ -73,7 +73,7 @@ class NoopTrainingClient:
         """Open a session on the toy model."""
         await anyio.lowlevel.checkpoint()
         self._check(spec)
-        async with Submissions.open() as submissions:
+        async with Submissions() as submissions:
             session = NoopSession(spec, self._capabilities, submissions, self._latency)
             try:
                 yield session

@@ -72,7 +72,7 @@ class TorchSession:
     ) -> AsyncGenerator["TorchSession", None]:
         """Open the session's task groups; leaving ends its calls and closes its samplers."""
         failure: Exception | None = None
-        async with Submissions.open() as submissions, Submissions.open() as writes, anyio.create_task_group() as group:
+        async with Submissions() as submissions, Submissions() as writes, anyio.create_task_group() as group:
             session = cls(trainer, Turns(lane), submissions, writes, group, capabilities)
             try:
                 yield session

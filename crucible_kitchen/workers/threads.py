@@ -9,8 +9,8 @@ import asyncio
 import math
 import queue
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -200,34 +200,31 @@ class Submissions:
     """The open calls of one session: submitted now, begun one after the other, awaited later.
 
     A failure that nobody awaited is raised by the next ``submit`` or ``check``; leaving the block cancels what is
-    still open. Use :meth:`open`.
+    still open. An error of the block leaves it as it is, not in a group of one.
+
+    Example::
+
+        async with Submissions() as calls:
+            pending = calls.submit(partial(backend.forward_backward, datums))
+            step = await pending
     """
 
-    def __init__(self, group: anyio.abc.TaskGroup) -> None:
-        self._group = group
+    def __init__(self) -> None:
+        self._group = anyio.create_task_group()
         self._open = 0
         self._turn: anyio.Event | None = None
         self._failed: list[PendingResult[Any]] = []
 
-    @classmethod
-    @asynccontextmanager
-    async def open(cls) -> AsyncGenerator["Submissions", None]:
-        """Open a task group for submissions; an error of the block leaves it as it is, not in a group of one.
+    async def __aenter__(self) -> "Submissions":
+        await self._group.__aenter__()
+        return self
 
-        The group hears nothing of a cancellation of the block: it would tell its tasks once more, which know it, and
-        write down by whom, which costs more than the rest of the way out.
-        """
-        failure: BaseException | None = None
-        async with anyio.create_task_group() as group:
-            calls = cls(group)
-            try:
-                yield calls
-            except BaseException as error:  # noqa: BLE001 - raised again below, outside the task group
-                failure = error
-            if calls._open and anyio.current_effective_deadline() != -math.inf:
-                group.cancel_scope.cancel()  # where all around is cancelled the calls are, too
-        if failure is not None:
-            raise failure
+    async def __aexit__(self, *_: object) -> None:
+        # Where all around is cancelled the calls have heard of it. The group is not told what the block raised: it
+        # would cancel them once more and write down by whom, which costs more than the rest of the way out.
+        if self._open and anyio.current_effective_deadline() != -math.inf:
+            self._group.cancel_scope.cancel()
+        await self._group.__aexit__(None, None, None)
 
     def check(self) -> None:
         """Raise the first failure that nobody has awaited."""

@@ -28,7 +28,7 @@ async def test_a_cancelled_block_ends_what_was_submitted() -> None:
     call = Hanging()
     with anyio.fail_after(5):
         async with anyio.create_task_group() as group:
-            async with Submissions.open() as calls:
+            async with Submissions() as calls:
                 calls.submit(call)
                 await call.began.wait()
                 group.cancel_scope.cancel()
@@ -41,7 +41,7 @@ async def test_a_block_that_asyncio_itself_cancels_ends_what_was_submitted() -> 
     call = Hanging()
 
     async def cut_off() -> None:
-        async with asyncio.timeout(None) as timeout, Submissions.open() as calls:
+        async with asyncio.timeout(None) as timeout, Submissions() as calls:
             calls.submit(call)
             await call.began.wait()
             timeout.reschedule(0)
@@ -56,7 +56,7 @@ async def test_a_block_that_fails_ends_what_was_submitted_and_raises_its_own_err
     call = Hanging()
 
     async def failing() -> None:
-        async with Submissions.open() as calls:
+        async with Submissions() as calls:
             calls.submit(call)
             await call.began.wait()
             raise ValueError("its own")
@@ -69,7 +69,7 @@ async def test_a_block_that_fails_ends_what_was_submitted_and_raises_its_own_err
 async def test_a_block_that_is_left_ends_what_was_submitted() -> None:
     call = Hanging()
     with anyio.fail_after(5):
-        async with Submissions.open() as calls:
+        async with Submissions() as calls:
             calls.submit(call)
             await call.began.wait()
     assert call.ended.is_set()

@@ -68,7 +68,7 @@ class Trainer:
 
 @asynccontextmanager
 async def trainer(disk, name="") -> AsyncIterator[Trainer]:
-    async with Submissions.open() as submissions:
+    async with Submissions() as submissions:
         yield Trainer(disk, submissions, name)
 
 

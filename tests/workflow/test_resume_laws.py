@@ -142,7 +142,7 @@ def _node(spec: Any, world: World) -> Any:
 def _session(number: int, name: str, world: World) -> Any:
     @asynccontextmanager
     async def opened(run: Run) -> Any:
-        async with Submissions.open() as submissions:
+        async with Submissions() as submissions:
             trainer = Trainer(world.disk, submissions)
             yield trainer
             world.final[run.path] = list(trainer.weights)

@@ -56,7 +56,7 @@ class Forward:
 
 @stage()
 async def asks_a_backend() -> None:
-    async with Submissions.open() as calls:
+    async with Submissions() as calls:
         await (await Forward().submit(calls))
 
 
@@ -239,7 +239,7 @@ async def test_a_log_that_cannot_take_the_stall_ends_the_run(run_workflow: Any, 
 
 
 async def a_call() -> None:
-    async with Submissions.open() as calls:
+    async with Submissions() as calls:
         await calls.submit(lambda: anyio.sleep(AFTER * 0.9))
 
 
