@@ -208,7 +208,7 @@ async def stage_costs(repetitions: int, stages: int) -> None:
                 Case("a thread that commits one row, and back", committed, stages),
                 Case("SQLite log `sync`, one lane", timed(chain, SYNC, disk.one), stages, 35),
                 Case("SQLite log `sync`, 64 branches", timed(lanes, SYNC, disk.one), wide, 18),
-                Case("SQLite log `sync`, 64 runs", many_runs(disk), wide, 18),
+                Case("SQLite log `sync`, 64 runs", many_runs(disk), wide),
             ]
             rows = [["one event-loop turn", 1.0, 1.0, await turn(20_000) * 1e6, "", ""]]
             for case in cases:
