@@ -158,10 +158,11 @@ class Pass:
 
     def run(self) -> Iterator[None]:
         """Compute, one micro-batch per turn."""
-        for batch in self.batches or ():
+        for number, batch in enumerate(self.batches or ()):
+            if number:
+                yield
             with torch.set_grad_enabled(self.loss is not None):  # left before the turn ends: it belongs to the thread
                 self._compute(batch)
-            yield
 
     def _compute(self, batch: list[int]) -> None:
         """Run one micro-batch; gradients go where autograd puts them."""

@@ -107,6 +107,7 @@ class Trainer:
         head = {f"value_head.{n}": p for n, p in self.value.named_parameters()} if self.value is not None else {}
         self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad} | head
         self._kept = dict(self._module.named_parameters()) | head if self.model.from_seed else self._params
+        self._holders = (*self._module.parameters(), *head.values())  # of gradients
         self._adam = Adam(self._params)
         self._snapshot: Snapshot | None = None
         self._reference = self._frozen() if spec.reference else None
@@ -156,7 +157,7 @@ class Trainer:
         return self.value(self.model.valued(hidden))  # type: ignore[no-any-return]
 
     def _forget_grads(self) -> None:
-        for p in (*self._module.parameters(), *self._params.values()):
+        for p in self._holders:
             p.grad = None
 
     def gradient(
@@ -273,10 +274,11 @@ class Trainer:
         asked = Asked(names, top, self._still(self.position), lambda: self.weights(at))
         work = Pass(self.model, datums, None, self.budget, place=self.place, value=self._values, asked=asked)
         turns = work.run()
-        more = True
-        while more:
+        while True:
             with self.weights(at):
-                more = next(turns, _END) is not _END
+                done = next(turns, _END) is _END
+            if done:
+                break
             yield None
         yield ForwardResult(work.logprobs, _besides_logprobs(work))
 

@@ -4,7 +4,7 @@ Knows lanes, not what is computed. Read next: ``crucible_kitchen.workers``.
 """
 
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from crucible_kitchen.workers import Lane
 from crucible_kitchen_torch.faults import torch_errors
@@ -13,7 +13,6 @@ __all__ = ["Turns"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_END = object()
 
 
 class Turns:
@@ -32,18 +31,20 @@ class Turns:
         return await self._lane.run(guarded)
 
     async def all(self, start: Callable[[], Iterator[R | None]], check: Callable[[], None] = lambda: None) -> R:
-        """Run a generator to its end, one turn each time it yields, and return what it yielded last.
+        """Run a generator, one turn each time it yields, and return the first thing that it yields: its result.
 
         Args:
             start: makes the generator; called in the lane.
             check: called before each turn; what it raises ends the computation.
         """
-        turns = await self.one(start)
-        result: R | None = None
-        while True:
+        check()
+
+        def begin() -> tuple[Iterator[R | None], R | None]:
+            turns = start()
+            return turns, next(turns)
+
+        turns, result = await self.one(begin)
+        while result is None:
             check()
-            value = await self.one(next, turns, _END)
-            if value is _END:
-                assert result is not None, "a computation yields its result last"
-                return result
-            result = cast("R | None", value)
+            result = await self.one(next, turns)
+        return result
