@@ -449,13 +449,11 @@ class Acted:
     Attributes:
         actions: int64 [G].
         logprobs: float32 [G], of the actions.
-        values: float32 [G], of the observations; None without a value head.
         version: optimizer steps behind the weights.
     """
 
     actions: IntArray
     logprobs: Array
-    values: Array | None
     version: int = 0
 
 

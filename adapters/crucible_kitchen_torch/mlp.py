@@ -1,6 +1,6 @@
-"""The model ``mlp``: a policy over observations with a value network of its own, and a snapshot of it that acts.
+"""The model ``mlp``: a policy over observations with a value network of its own.
 
-Knows observations and discrete actions, no tokens. Read next: ``trainer.py``, and ``crucible_kitchen.ports.Policy``.
+Knows observations and discrete actions, no tokens. Read next: ``trainer.py``, and ``acting.py``, which acts by it.
 """
 
 import json
@@ -9,23 +9,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
-from crucible_kitchen.types import Acted, Array, ExportedModel, MlpSpec, SessionSpec
+from crucible_kitchen.errors import CapabilityError
+from crucible_kitchen.types import ExportedModel, MlpSpec, SessionSpec
+from crucible_kitchen_torch.acting import Layer, MlpWeights
 from crucible_kitchen_torch.faults import storage_errors
+from crucible_kitchen_torch.heads import ValueHead
 from crucible_kitchen_torch.models import ModelFacts
 from crucible_kitchen_torch.placement import Placement
 from crucible_kitchen_torch.unpadded import Joins
 
 if TYPE_CHECKING:
     from crucible_kitchen.ports.tokenizer import Tokenizer
-    from crucible_kitchen_torch.trainer import Snapshot, Trainer
-    from crucible_kitchen_torch.turns import Turns
 
-__all__ = ["MlpModel", "TorchPolicy"]
+__all__ = ["MlpModel"]
 
 STEPS = 1 << 20
 """Positions of one datum: there is no context to run out of."""
@@ -62,6 +61,15 @@ def _linear(before: int, after: int, gain: float) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _linears(network: nn.Sequential) -> list[Layer]:
+    return [_layer(part.weight, part.bias) for part in network if isinstance(part, nn.Linear)]
+
+
+def _layer(weight: Tensor, bias: Tensor) -> Layer:
+    """Copy a layer; the matrix maps from the left."""
+    return weight.detach().double().cpu().numpy().T.copy(), bias.detach().double().cpu().numpy().copy()
 
 
 class MlpModel:
@@ -118,6 +126,15 @@ class MlpModel:
         """See ``CausalModel``: the value network's half."""
         return hidden[:, self._width :]
 
+    def copied(self, value: ValueHead | None) -> MlpWeights:
+        """Return a copy of the weights as they are, with those of the value network if it has this head."""
+        networks = self._networks
+        valued = None
+        if value is not None and networks.value is not None:
+            valued = [*_linears(networks.value), _layer(value.weight[None], value.bias[None])]
+        policy = [*_linears(networks.policy), _layer(networks.actions.weight, networks.actions.bias)]
+        return MlpWeights(policy, valued, relu=self._spec.activation == "relu")
+
     def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> NoReturn:
         """See ``CausalModel``; nothing is generated."""
         del tokens, positions, mask, cache
@@ -140,81 +157,3 @@ class MlpModel:
             save_file(weights, directory / "model.safetensors")
             (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return ExportedModel(str(directory), "mlp", ("config.json", "model.safetensors"))
-
-
-class TorchPolicy:
-    """See ``Policy``. One call is one turn of the session's lane."""
-
-    def __init__(self, trainer: "Trainer", snapshot: "Snapshot", turns: "Turns") -> None:
-        self._trainer = trainer
-        self._snapshot = snapshot
-        self._turns = turns
-        self.closed = False
-
-    @property
-    def version(self) -> int:
-        """See ``Policy``."""
-        return self._snapshot.version
-
-    async def act(self, observations: Array, uniforms: Array | None = None) -> Acted:
-        """See ``Policy``."""
-        self._check(observations)
-        if uniforms is not None and np.shape(uniforms) != (len(observations),):
-            raise BackendUserError(f"{len(observations)} observations need as many random numbers")
-        return await self._turns.one(self._act, np.asarray(observations), uniforms)
-
-    async def values(self, observations: Array) -> Array:
-        """See ``Policy``."""
-        self._check(observations)
-        if self._trainer.value is None:
-            raise CapabilityError("this model has no value head", hint="open the session with value_head=True")
-        return await self._turns.one(self._values, np.asarray(observations))
-
-    @torch.no_grad()
-    def _act(self, observations: Array, uniforms: Array | None) -> Acted:
-        with self._trainer.weights(self._snapshot):
-            hidden = self._hidden(observations)
-            logprobs = torch.log_softmax(self._trainer.model.head(hidden).double(), dim=-1)
-            if uniforms is None:
-                actions = logprobs.argmax(dim=-1)
-            else:
-                reached = logprobs.exp().cumsum(dim=-1) <= torch.from_numpy(np.asarray(uniforms, np.float64))[:, None]
-                actions = reached.sum(dim=-1).clamp(max=logprobs.shape[-1] - 1)
-            chosen = logprobs.gather(-1, actions[:, None])[:, 0]
-            values = None if self._trainer.value is None else self._said(hidden)
-        return Acted(actions.numpy(), chosen.float().numpy(), values, self.version)
-
-    @torch.no_grad()
-    def _values(self, observations: Array) -> Array:
-        with self._trainer.weights(self._snapshot):
-            return self._said(self._hidden(observations))
-
-    def _hidden(self, observations: Array) -> Tensor:
-        weight = next(self._trainer.model.module.parameters())
-        given = torch.from_numpy(observations).to(weight.device, weight.dtype)
-        return self._trainer.model.hidden(given, [len(observations)])
-
-    def _said(self, hidden: Tensor) -> Array:
-        assert self._trainer.value is not None
-        found: Array = self._trainer.value(self._trainer.model.valued(hidden)).float().cpu().numpy()
-        return found
-
-    def _check(self, observations: Array) -> None:
-        if self.closed:
-            raise SessionLost("the policy is closed", hint="get a new one from the session")
-        width = self._trainer.model.facts.observation_size
-        shape = np.shape(observations)
-        if len(shape) != 2 or shape[1] != width or not shape[0]:
-            raise BackendUserError(f"observations must have the shape [G, {width}], got {list(shape)}")
-        if not np.isfinite(observations).all():
-            raise BackendUserError("an observation is not finite")
-
-    def close(self) -> None:
-        """Release the weights."""
-        if not self.closed:
-            self.closed = True
-            self._snapshot.release()
-
-    async def aclose(self) -> None:
-        """See ``Policy``."""
-        self.close()

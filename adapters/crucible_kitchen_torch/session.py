@@ -29,7 +29,8 @@ from crucible_kitchen.types import (
 )
 from crucible_kitchen.workers import Lane, PendingResult, Submissions, run_sync
 from crucible_kitchen_torch.accumulate import Accumulation
-from crucible_kitchen_torch.mlp import TorchPolicy
+from crucible_kitchen_torch.acting import MlpPolicy
+from crucible_kitchen_torch.mlp import MlpModel
 from crucible_kitchen_torch.sampling import Limits, TorchSampler
 from crucible_kitchen_torch.states import delete_state, write_state
 from crucible_kitchen_torch.trainer import Trainer
@@ -38,7 +39,7 @@ from crucible_kitchen_torch.turns import Turns
 __all__ = ["TorchSession"]
 
 R = TypeVar("R")
-S = TypeVar("S", TorchSampler, TorchPolicy)
+S = TypeVar("S", TorchSampler, MlpPolicy)
 
 
 class TorchSession:
@@ -63,7 +64,7 @@ class TorchSession:
         self._scope: StepScope | None = None
         self.dropped: list[PendingResult[Any]] = []
         self._closed = False
-        self._samplers: list[TorchSampler | TorchPolicy] = []
+        self._samplers: list[TorchSampler | MlpPolicy] = []
 
     @classmethod
     @asynccontextmanager
@@ -200,10 +201,14 @@ class TorchSession:
 
     async def policy(self) -> Policy:
         """See ``TrainingSession``."""
-        if not self.trainer.model.facts.observation_size:
+        model, value = self.trainer.model, self.trainer.value
+        if not isinstance(model, MlpModel):
             raise CapabilityError("this model takes tokens, not observations", hint="use session.sampler()")
-        snapshot = await self._call(lambda: self.turns.one(self.trainer.snapshot))
-        return self._held(TorchPolicy(self.trainer, snapshot, self.turns))
+
+        def copied() -> MlpPolicy:
+            return MlpPolicy(model.copied(value), self.trainer.position)
+
+        return self._held(await self._call(lambda: self.turns.one(copied)))
 
     def _held(self, snapshot: S) -> S:
         """Remember a snapshot, to be closed with the session."""
