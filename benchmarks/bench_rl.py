@@ -42,7 +42,7 @@ BATCH, SIZE, MEAN, SIGMA, LEARN = 8, 8, 0.05, 1.0, 0.05
 class Group:
     """A group that is nothing but its time and its version."""
 
-    unusable, length = None, 1
+    unusable, carried, length = None, None, 1
 
     def __init__(self, ticket, version, seconds):
         self.ticket, self.version, self.seconds = ticket, version, seconds

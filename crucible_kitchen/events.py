@@ -338,8 +338,9 @@ class EnvGroupBuilt(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutComplete(Event):
-    """All rollouts of one update are there. Rewards are over its trajectories; ``groups`` are their indices of drawing.
+    """All rollouts of one update are there. Rewards are of the episodes that ended, or so far if none did.
 
+    ``groups`` are their indices of drawing; trajectories that the next group goes on with are not in ``num_ended``.
     ``outcomes`` counts by kind, failed members of trained groups included; ``env_seconds`` and ``sampling_seconds`` are
     summed over members, ``seconds`` has what each group took.
     """
@@ -349,6 +350,7 @@ class RolloutComplete(Event):
         "reward_mean",
         "reward_std",
         "num_trajectories",
+        "num_ended",
         "tokens_mean",
         "env_seconds",
         "sampling_seconds",
@@ -356,6 +358,7 @@ class RolloutComplete(Event):
     reward_mean: float
     reward_std: float
     num_trajectories: int
+    num_ended: int
     tokens_mean: float
     env_seconds: float
     sampling_seconds: float

@@ -95,7 +95,7 @@ RESULT = "run_id status state metrics artifacts duration_s"
 
 EVENTS = {  # name: measurements | metadata
     "rl.env_group_built": "group_size groups_per_batch | env_type problems fingerprint learner because",
-    "rl.rollout_complete": "reward_mean reward_std num_trajectories tokens_mean env_seconds sampling_seconds "
+    "rl.rollout_complete": "reward_mean reward_std num_trajectories num_ended tokens_mean env_seconds sampling_seconds "
     "| rollout_index groups seconds outcomes metrics",
     "rl.advantages_computed": "advantage_mean advantage_std return_mean return_std num_steps |",
     "rl.ppo_update": "policy_loss value_loss entropy clip_fraction kl_divergence | epoch batch_size",

@@ -184,14 +184,19 @@ class _Copies:
         self._held = held
         self.size = size
 
-    async def reset(self) -> Array:
-        """Begin all episodes, each from its own seed."""
-        seeds = np.random.SeedSequence(self._key).generate_state(self.size).tolist()
+    async def reset(self, episodes: IntArray) -> Array:
+        """Begin episodes, each from its own seed."""
+        seeds = [self._seed(copy, int(episode)) for copy, episode in enumerate(episodes)]
         with faults_of(f"reset of {self._name}"):
             return _numbers(await self._lane.call(f"{_WORKER}:reset", seeds), np.float32)
 
+    def _seed(self, copy: int, episode: int) -> int | None:
+        if episode < 0:
+            return None
+        return int(np.random.SeedSequence((*self._key, copy, episode)).generate_state(1)[0])
+
     async def step(self, actions: IntArray) -> VectorTransition:
-        """Step the copies that are not over."""
+        """Step the copies that have an action."""
         with faults_of(f"a step of {self._name}"):
             moved = await self._lane.call(f"{_WORKER}:step", actions.tolist())
         return VectorTransition(

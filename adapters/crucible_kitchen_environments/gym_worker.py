@@ -1,13 +1,15 @@
 """Copies of one gymnasium environment, stepped together; its functions run in a worker process and speak JSON.
 
-Copies that are over are not stepped again, so there is no automatic reset, and no transition that is none. Read next:
-``gym.py``, which asks.
+There is no automatic reset, and so no transition that is none. Read next: ``gym.py``, which asks.
 """
 
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium.spaces.utils import flatten
+
+from crucible_kitchen.types import Array
 
 __all__ = ["Copies", "make", "reset", "step"]
 
@@ -23,38 +25,40 @@ class Copies:
 
     def __init__(self, env_id: str, size: int, settings: dict[str, Any]) -> None:
         self._copies = [gymnasium.make(env_id, **settings) for _ in range(size)]
-        self._over = [False] * size
-        self._last: list[list[float]] = []
+        self._spaces = [copy.observation_space for copy in self._copies]
+        self._first = [int(copy.action_space.start) for copy in self._copies]  # type: ignore[attr-defined]
+        self._last: list[Array] = [np.zeros(0)] * size
 
-    def reset(self, seeds: list[int]) -> list[list[float]]:
-        """Begin all episodes; return observations [G][D]."""
-        self._over = [False] * len(self._copies)
-        self._last = [_flat(copy, copy.reset(seed=seed)[0]) for copy, seed in zip(self._copies, seeds, strict=True)]
+    def reset(self, seeds: list[int | None]) -> list[Array]:
+        """Begin episodes, where there is a seed; return observations [G][D]."""
+        for i, (copy, seed) in enumerate(zip(self._copies, seeds, strict=True)):
+            if seed is not None:
+                self._last[i] = np.asarray(flatten(self._spaces[i], copy.reset(seed=seed)[0]))
         return list(self._last)
 
     def step(self, actions: list[int]) -> dict[str, list[Any]]:
-        """Take one action each; return ``rewards``, ``terminated``, ``truncated`` [G] and ``observations`` [G][D]."""
-        moved: dict[str, list[Any]] = {"rewards": [], "terminated": [], "truncated": [], "observations": self._last}
+        """Take one action each, where it is not negative.
+
+        Returns:
+            ``rewards``, ``terminated``, ``truncated`` [G] and ``observations`` [G][D].
+        """
+        moved: dict[str, list[Any]] = {"rewards": [], "terminated": [], "truncated": []}
         for i, (copy, action) in enumerate(zip(self._copies, actions, strict=True)):
             reward, terminated, truncated = 0.0, False, False
-            if not self._over[i]:
-                seen, given, terminated, truncated, _ = copy.step(action + copy.action_space.start)  # type: ignore[attr-defined]
+            if action >= 0:
+                seen, given, terminated, truncated, _ = copy.step(action + self._first[i])
                 reward = float(given)
-                self._last[i] = _flat(copy, seen)
-                self._over[i] = bool(terminated or truncated)
+                self._last[i] = np.asarray(flatten(self._spaces[i], seen))
             moved["rewards"].append(reward)
             moved["terminated"].append(bool(terminated))
             moved["truncated"].append(bool(truncated) and not terminated)
+        moved["observations"] = list(self._last)
         return moved
 
     def close(self) -> None:
         """Close all copies."""
         while self._copies:
             self._copies.pop().close()
-
-
-def _flat(copy: "gymnasium.Env[Any, Any]", observation: Any) -> list[float]:
-    return [float(number) for number in flatten(copy.observation_space, observation)]
 
 
 _held: list[Copies] = []  # one at most: what this process steps
@@ -67,11 +71,16 @@ def make(env_id: str, size: int, settings: dict[str, Any]) -> None:
     _held.append(Copies(env_id, size, settings))
 
 
-def reset(seeds: list[int]) -> list[list[float]]:
-    """Begin all episodes of the copies that are held."""
-    return _held[0].reset(seeds)
+def reset(seeds: list[int | None]) -> list[list[float]]:
+    """Begin episodes of the copies that are held."""
+    return _listed(_held[0].reset(seeds))
 
 
 def step(actions: list[int]) -> dict[str, list[Any]]:
     """Step the copies that are held."""
-    return _held[0].step(actions)
+    moved = _held[0].step(actions)
+    return moved | {"observations": _listed(moved["observations"])}
+
+
+def _listed(observations: list[Array]) -> list[list[float]]:
+    return [observation.tolist() for observation in observations]

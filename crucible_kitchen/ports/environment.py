@@ -145,7 +145,7 @@ class Space:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VectorTransition:
-    """What follows one batched action of G members; entries of members that were over before are ignored.
+    """What follows one batched action of G members; entries of members that were not stepped are ignored.
 
     Attributes:
         rewards: float64 [G].
@@ -162,19 +162,26 @@ class VectorTransition:
 
 @runtime_checkable
 class VectorEnvironment(Protocol):
-    """G copies that are stepped together: one array of actions, one of observations. Each runs one episode."""
+    """G copies that are stepped together: one array of actions, one of observations.
+
+    The episodes of a member are numbered. How episode n begins depends on problem, seed, member and n alone, and what
+    follows on its actions alone: so an environment can be brought to where another one stands.
+    """
 
     @property
     def size(self) -> int:
         """G."""
         ...
 
-    async def reset(self) -> Array:
-        """Begin all episodes and return observations, float32 [G, D]."""
+    async def reset(self, episodes: IntArray) -> Array:
+        """Begin episode ``episodes[g]`` of each member, int64 [G], and return observations, float32 [G, D].
+
+        Members with a negative number stay as they are.
+        """
         ...
 
     async def step(self, actions: IntArray) -> VectorTransition:
-        """Take one action each, int64 [G]; those of members that are over are to be ignored."""
+        """Take one action each, int64 [G]; members with a negative one stay as they are."""
         ...
 
     async def aclose(self) -> None:

@@ -66,6 +66,9 @@ class RolloutConfig(RunConfig):
     max_turns: int = Field(default=1000, ge=1)
     """Episodes are cut after so many turns or steps."""
 
+    horizon: int = Field(default=0, ge=0)
+    """Steps of a group in a vector environment, which goes on where it stopped; 0: one episode of each member."""
+
     rollout_timeout: float = Field(default=600.0, gt=0)
     """Seconds the rollout of a group may take; members that are not done by then are a timeout, never a reward."""
 
@@ -77,6 +80,14 @@ class RolloutConfig(RunConfig):
 
     shuffle: bool = True
     """Draw problems in a seeded order, anew for every pass; else in the environment's own."""
+
+    @model_validator(mode="after")
+    def _one_goes_on(self) -> Self:
+        if self.horizon and (self.groups_per_batch != 1 or self.concurrent_groups > 1):
+            raise ValueError(
+                "with horizon one environment goes on: set groups_per_batch=1, and group_size to its copies"
+            )
+        return self
 
     def unrepeatable(self) -> str | None:
         """See ``RunConfig``."""

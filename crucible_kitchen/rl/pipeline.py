@@ -97,6 +97,7 @@ class Rollouts(Generic[G]):
         self._fatal = fatal
         self._told = dropped
         self._next = 0
+        self._carried: JsonObject | None = None  # where the last group stopped
         self._again: deque[int] = deque()
         self._flying: dict[int, _Job] = {}
         self._queue: deque[G] = deque()
@@ -205,7 +206,8 @@ class Rollouts(Generic[G]):
         else:
             index, self._next = self._next, self._next + 1
             self.ledger.drawn += 1
-        job = _Job(Ticket(index, self._order(index)), self.version, began=self._loop.time())
+        ticket = Ticket(index, self._order(index), self._carried)
+        job = _Job(ticket, self.version, began=self._loop.time())
         if self.plan.staleness == "cancel":
             job.scope = anyio.CancelScope()
         self._flying[index] = job
@@ -233,6 +235,7 @@ class Rollouts(Generic[G]):
         else:
             self.sampled_tokens += result.length
             self.sampled_groups += 1
+            self._carried = result.carried
             if (why := result.unusable) is not None:
                 self.wasted_tokens += result.length
                 self._drop(index, why, lost=True)
@@ -378,11 +381,13 @@ class Rollouts(Generic[G]):
     def position(self) -> JsonObject:
         """Return where the rollouts are; what is buffered or in flight is drawn again from there, with equal seeds."""
         taken = self._batch.groups if self._batch is not None else []
-        indices = {g.ticket.index for g in (*self._queue, *taken)} | set(self._flying) | set(self._again)
+        tickets = [*(g.ticket for g in (*self._queue, *taken)), *(job.ticket for job in self._flying.values())]
+        first = min(tickets, key=lambda ticket: ticket.index, default=None)
         return {
             "version": self.version,
             "next": self._next,
-            "again": sorted(indices),
+            "again": sorted({ticket.index for ticket in tickets} | set(self._again)),
+            "carried": first.carried if first is not None else self._carried,
             "over": self._batch is None and self.version > 0,
             "ledger": self.ledger.to_json(),
             "staleness": {str(age): n for age, n in sorted(self.staleness.items())},
@@ -393,6 +398,7 @@ class Rollouts(Generic[G]):
         """Go on from a position; call it before the first batch."""
         self.version, self._next = position["version"], position["next"]
         self._again = deque(position["again"])
+        self._carried = position.get("carried")  # of an earlier version: nothing went on
         self._resumed = position["over"]
         self.ledger = RolloutLedger.from_json(position["ledger"])
         self.staleness = Counter({int(age): n for age, n in position["staleness"].items()})

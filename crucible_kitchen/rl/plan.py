@@ -8,7 +8,7 @@ from typing import Protocol
 
 from crucible_kitchen.rl.staleness import StalenessPolicy
 from crucible_kitchen.rl.trajectories import Ticket
-from crucible_kitchen.types import Array
+from crucible_kitchen.types import Array, JsonObject
 
 __all__ = ["PipelinePlan", "Rolled"]
 
@@ -34,6 +34,11 @@ class Rolled(Protocol):
     @property
     def seconds(self) -> float:
         """What it took."""
+        ...
+
+    @property
+    def carried(self) -> JsonObject | None:
+        """Where it stopped, if the next one goes on from there."""
         ...
 
     def versions(self) -> Array:

@@ -118,7 +118,7 @@ class _Group:
     """A group that is nothing but its time and its version."""
 
     __slots__ = ("_version", "seconds", "ticket")
-    unusable = None
+    unusable = carried = None
     length = 1
 
     def __init__(self, ticket: Ticket, version: int, seconds: float) -> None:

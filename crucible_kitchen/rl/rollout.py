@@ -4,8 +4,8 @@ Knows environments and samplers, no queue and no learner. Read next: ``crucible_
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -30,6 +30,7 @@ from crucible_kitchen.ports.environment import (
     VectorEnvironment,
 )
 from crucible_kitchen.ports.tokenizer import Tokenizer
+from crucible_kitchen.rl.standing import Standing
 from crucible_kitchen.rl.trajectories import (
     EnvFault,
     InfraFault,
@@ -41,8 +42,8 @@ from crucible_kitchen.rl.trajectories import (
     Truncated,
 )
 from crucible_kitchen.rl.transcript import Transcript
-from crucible_kitchen.rl.vector import finite, roll_vector
-from crucible_kitchen.types import Array, Sampled, SamplingParams
+from crucible_kitchen.rl.vector import Members, finite, roll_vector
+from crucible_kitchen.types import Array, JsonObject, Sampled, SamplingParams
 from crucible_kitchen.waits import waiting
 
 __all__ = ["FATAL", "Roller", "RolloutRules", "derived_seed"]
@@ -60,6 +61,7 @@ class RolloutRules:
         least: members without which a group is given up.
         max_tokens: of one turn.
         max_turns: after which an episode is cut.
+        horizon: steps of a group in a vector environment that goes on; 0: whole episodes.
         temperature, top_p, top_k: see ``SamplingParams``.
         mode: see ``SamplingParams``.
         timeout: seconds that the rollout of a group may take.
@@ -72,6 +74,7 @@ class RolloutRules:
     least: int = 1
     max_tokens: int = 64
     max_turns: int = 1000
+    horizon: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -110,6 +113,7 @@ class Roller:
         rules: how.
         tokenizer: the model's; None for a vector environment.
         context: the model's limit in tokens; 0 for none.
+        standing: keeps the environment that goes on, with ``rules.horizon``.
         now: the loop's clock.
     """
 
@@ -121,6 +125,7 @@ class Roller:
         *,
         tokenizer: Tokenizer | None = None,
         context: int = 0,
+        standing: Standing | None = None,
         now: Callable[[], float] = anyio.current_time,
     ) -> None:
         self._source = source
@@ -128,6 +133,7 @@ class Roller:
         self._rules = rules
         self._tokenizer = tokenizer
         self._context = context or 2**31
+        self._standing = standing
         self._now = now
 
     async def __call__(self, ticket: Ticket) -> TrajectoryGroup:
@@ -145,9 +151,15 @@ class Roller:
             if attempt >= self._rules.attempts or not rollout.worth_another:
                 break
         outcomes = tuple(o if o is not None else Timeout("not begun") for o in rollout.outcomes)
+        least = min(self._rules.least, len(outcomes))
         return TrajectoryGroup(
-            ticket, outcomes, self._now() - began, rollout.spent, attempt - 1, min(self._rules.least, len(outcomes))
+            ticket, outcomes, self._now() - began, rollout.spent, attempt - 1, least, rollout.carried
         )
+
+    async def open(self, ticket: Ticket) -> EnvironmentGroup | VectorEnvironment:
+        """Open a problem; everything random in it comes from (run seed, index)."""
+        seed = derived_seed(self._rules.seed, "environment", ticket.index)
+        return await self._source.open(ticket.problem, self._rules.group_size, seed)
 
 
 class _Rollout:
@@ -161,6 +173,7 @@ class _Rollout:
         self._texts: list[tuple[str, ...]] = [()] * self._rules.group_size
         self.outcomes: list[Outcome | None] = [None] * self._rules.group_size
         self.spent = {"sampling": 0.0, "environment": 0.0}
+        self.carried: JsonObject | None = None
 
     @property
     def worth_another(self) -> bool:
@@ -169,27 +182,29 @@ class _Rollout:
 
     async def attempt(self) -> None:
         """Open the group and roll out the members that have no trajectory."""
-        rules, ticket = self._rules, self._ticket
+        rules = self._rules
         missing = [i for i, o in enumerate(self.outcomes) if not isinstance(o, (Scored, Truncated, Timeout))]
-        seed = derived_seed(rules.seed, "environment", ticket.index)
         with anyio.move_on_after(rules.timeout):
-            group = await self._r._source.open(ticket.problem, rules.group_size, seed)
-            try:
-                if isinstance(group, VectorEnvironment):
-                    await self._vector(group)
-                else:
-                    await self._members(group, missing)
-                    if self._fatal is None:
-                        await self._compare(group)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await group.aclose()
+            await (self._segment() if rules.horizon else self._episodes(missing))
         if self._fatal is not None:
             raise self._fatal
         late = Timeout(f"the rollout did not end within {rules.timeout:g} s")
         for i in missing:
             if self.outcomes[i] is None:
                 self.outcomes[i] = late
+
+    async def _episodes(self, missing: Sequence[int]) -> None:
+        group = await self._r.open(self._ticket)
+        try:
+            if isinstance(group, VectorEnvironment):
+                await self._vector(group)
+            else:
+                await self._members(group, missing)
+                if self._fatal is None:
+                    await self._compare(group)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await group.aclose()
 
     async def _members(self, group: EnvironmentGroup, missing: Sequence[int]) -> None:
         for i in missing:
@@ -297,15 +312,33 @@ class _Rollout:
         self.spent["environment"] += self._r._now() - began
 
     async def _vector(self, group: VectorEnvironment) -> None:
-        rng = np.random.Generator(np.random.Philox(key=derived_seed(self._rules.seed, "act", self._ticket.index)))
+        """Roll out one episode of each member."""
+        with self._one_fault():
+            self.outcomes[:] = await self._rolled(await Members.begin(group))
+
+    async def _segment(self) -> None:
+        """Let the environment go on from where the last group stopped."""
+        assert self._r._standing is not None, "an environment that goes on is kept somewhere"
+        with self._one_fault():
+            async with self._r._standing.at(self._ticket, self._r.open) as place:
+                self.outcomes[:] = await self._rolled(place.members)
+            self.carried = place.stopped
+
+    @contextmanager
+    def _one_fault(self) -> Iterator[None]:
+        """Make what goes wrong the fault of all members: they share one environment."""
         try:
-            self.outcomes[:] = await roll_vector(
-                group, self._r._policy, rng, max_steps=self._rules.max_turns, spent=self.spent, now=self._r._now
-            )
+            yield
         except FATAL as error:
             self._fatal = error
-        except Exception as error:  # noqa: BLE001 - the members share one environment, and its fault
+        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes an outcome
             self.outcomes[:] = [fault_of(error)] * len(self.outcomes)
+
+    async def _rolled(self, members: Members) -> list[Outcome]:
+        rules = self._rules
+        rng = np.random.Generator(np.random.Philox(key=derived_seed(rules.seed, "act", self._ticket.index)))
+        how: dict[str, Any] = {"horizon": rules.horizon, "max_steps": rules.max_turns}
+        return await roll_vector(members, self._r._policy, rng, spent=self.spent, now=self._r._now, **how)
 
 
 def fault_of(error: Exception) -> Outcome:

@@ -10,7 +10,7 @@ from typing import ClassVar, TypeAlias
 
 import numpy as np
 
-from crucible_kitchen.types import Array, Float64Array, IntArray
+from crucible_kitchen.types import Array, Float64Array, IntArray, JsonObject
 
 __all__ = [
     "EnvFault",
@@ -33,15 +33,17 @@ class Ticket:
         index: how many were drawn before it in the run; everything random in its rollouts comes from (run seed, index,
             member), never from when it is rolled out.
         problem: its number in the environment's source.
+        carried: where the group before it stopped, if it goes on from there.
     """
 
     index: int
     problem: int
+    carried: JsonObject | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One episode in the positions of a ``Datum``: position t has seen everything before ``targets[t]``.
+    """One episode, or a part, in the positions of a ``Datum``: position t has seen everything before ``targets[t]``.
 
     Attributes:
         inputs: ``tokens`` int64 [T] or ``observations`` float32 [T, D].
@@ -53,6 +55,8 @@ class Trajectory:
         rewards: float64 [T], on the last position of each action.
         terminated: the episode ended by itself; otherwise it was cut.
         metrics: of its last transition.
+        before: reward of the same episode in an earlier group.
+        goes_on: the next group goes on with the episode.
     """
 
     inputs: Mapping[str, Array]
@@ -64,6 +68,8 @@ class Trajectory:
     rewards: Float64Array
     terminated: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    before: float = 0.0
+    goes_on: bool = False
 
     def __len__(self) -> int:
         """Return T."""
@@ -71,8 +77,8 @@ class Trajectory:
 
     @property
     def reward(self) -> float:
-        """The sum of its rewards."""
-        return float(self.rewards.sum())
+        """The sum of its episode's rewards so far."""
+        return self.before + float(self.rewards.sum())
 
     @property
     def actions(self) -> int:
@@ -90,7 +96,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """An episode that was cut at a limit of turns or of the context, with the reward so far. Trains."""
+    """An episode that was cut at a limit of turns or of the context, or goes on, with the reward so far. Trains."""
 
     trajectory: Trajectory
     kind: ClassVar[str] = "truncated"
@@ -129,11 +135,12 @@ class TrajectoryGroup:
 
     Attributes:
         ticket: which problem.
-        outcomes: one per member, in their order.
+        outcomes: one per member, in their order; of a segment one per episode or part of one.
         seconds: what the rollouts took, all attempts.
         spent: seconds of all members by cause: ``sampling``, ``environment``.
         retries: attempts after the first.
         least: members that a group needs at least.
+        carried: where it stopped, if the next group goes on from there.
     """
 
     ticket: Ticket
@@ -142,6 +149,7 @@ class TrajectoryGroup:
     spent: Mapping[str, float] = field(default_factory=dict)
     retries: int = 0
     least: int = 1
+    carried: JsonObject | None = None
 
     @property
     def trajectories(self) -> list[Trajectory]:

@@ -1,4 +1,4 @@
-"""Rollout stages: open the environments and the policy, roll out problems, publish new weights, measure the policy.
+"""Rollout stages: open the environments and the policy, roll out problems, publish new weights.
 
 They know the environment port and a session's samplers, nothing of losses. Read next: ``crucible_kitchen.rl.pipeline``.
 """
@@ -9,11 +9,10 @@ from typing import Any
 
 import anyio
 import numpy as np
-from pydantic import Field
 
-from crucible_kitchen.config import CheckpointConfig, ModelConfig, RunConfig
+from crucible_kitchen.config import ModelConfig
 from crucible_kitchen.errors import CapabilityError, ConfigError, EmptyDataset
-from crucible_kitchen.events import EnvGroupBuilt, GroupDropped, PolicyEvaluated, RolloutComplete
+from crucible_kitchen.events import EnvGroupBuilt, GroupDropped, RolloutComplete
 from crucible_kitchen.ports import BlobStore, EnvironmentSource, ModelRegistry, TrainingClient, TrainingSession
 from crucible_kitchen.rl.config import LearnerConfig, RolloutConfig
 from crucible_kitchen.rl.environments import open_environment
@@ -22,42 +21,27 @@ from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.policy import PublishedPolicy
 from crucible_kitchen.rl.rollout import FATAL, Roller, RolloutRules
 from crucible_kitchen.rl.staleness import problem_order
+from crucible_kitchen.rl.standing import Standing
 from crucible_kitchen.rl.trajectories import Ticket, TrajectoryGroup
 from crucible_kitchen.stages.training import local_model, session_spec
-from crucible_kitchen.types import MlpSpec, StepResult
+from crucible_kitchen.types import MlpSpec
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
 __all__ = [
     "EnvironmentPool",
-    "PolicyEvalConfig",
     "ReinforcementPartsConfig",
     "build_env_group",
     "do_rollout",
-    "evaluate_policy",
     "init_policy_session",
     "log_rollouts",
+    "mean_metrics",
     "open_policy",
-    "policy_eval_at_start",
-    "policy_eval_due",
     "publish_policy",
+    "roller",
     "rollout_feed",
-    "update_checkpoint_due",
 ]
-
-
-class PolicyEvalConfig(RunConfig):
-    """When the policy is measured on problems that it is not trained on."""
-
-    eval_size: int = Field(default=100, ge=1)
-    """At most this many problems are tried, greedily."""
-
-    eval_every: int = Field(default=0, ge=0)
-    """Also evaluate every so many optimizer steps, after the update that reaches them; 0: only at the end."""
-
-    eval_at_start: bool = False
-    """Also evaluate before the first update."""
 
 
 class ReinforcementPartsConfig(ModelConfig, RolloutConfig, LearnerConfig):
@@ -74,6 +58,7 @@ class EnvironmentPool:
         source: the problems.
         rules: how groups are rolled out.
         rollouts: what is drawn, in flight, buffered and trained.
+        standing: the environment that goes on from group to group, with ``horizon``.
     """
 
     name: str
@@ -81,6 +66,7 @@ class EnvironmentPool:
     source: EnvironmentSource
     rules: RolloutRules
     rollouts: Rollouts[TrajectoryGroup]
+    standing: Standing
 
 
 @stage(writes="session", name="init_session")
@@ -130,6 +116,12 @@ def _policy_can_be_trained(training_client: TrainingClient, config: Reinforcemen
             "advantage=gae needs a value head, which the training backend does not have",
             hint="write advantage=grpo (or dr_grpo, rloo, centred), which compares the rollouts of one problem",
         )
+    if config.horizon and config.model != "mlp":
+        raise CapabilityError("horizon lets a vector environment go on, whose policy is an mlp", hint="set model=mlp")
+    if config.horizon and config.group_relative:
+        raise CapabilityError(
+            f"horizon cuts episodes, whose rewards advantage={config.advantage} compares", hint="set advantage=gae"
+        )
     if config.kl_coef and not can.reference:
         raise CapabilityError("kl_coef needs a frozen reference, which the training backend does not keep")
 
@@ -144,7 +136,7 @@ async def build_env_group(
     session: TrainingSession, config: ReinforcementPartsConfig, run: Run
 ) -> AsyncIterator[EnvironmentPool]:
     """Open the environments; they close when the workflow ends."""
-    source = open_environment(config.env, config.env_options)
+    source, standing = open_environment(config.env, config.env_options), Standing()
     try:
         problems = await run_sync(lambda: len(source))
         if problems < 1:
@@ -155,6 +147,7 @@ async def build_env_group(
             source,
             rules_of(config, session),
             _rollouts(config, session, problems, run),
+            standing,
         )
         run.emit(
             EnvGroupBuilt(
@@ -170,6 +163,7 @@ async def build_env_group(
         yield pool
     finally:
         with anyio.CancelScope(shield=True):
+            await standing.aclose()
             await source.aclose()
 
 
@@ -181,6 +175,7 @@ def rules_of(config: ReinforcementPartsConfig, session: TrainingSession) -> Roll
         least=least_members(config),
         max_tokens=config.max_tokens,
         max_turns=config.max_turns,
+        horizon=config.horizon,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
@@ -246,12 +241,13 @@ async def do_rollout(
     ticket: Ticket, data: EnvironmentPool, policy: PublishedPolicy[Any], session: TrainingSession
 ) -> TrajectoryGroup:
     """Roll out one problem with the newest policy."""
-    return await _roller(data, policy, session, data.rules)(ticket)
+    return await roller(data, policy, session, data.rules)(ticket)
 
 
-def _roller(
+def roller(
     data: EnvironmentPool, policy: PublishedPolicy[Any], session: TrainingSession, rules: RolloutRules
 ) -> Roller:
+    """Return what rolls out the problems of a pool, by its rules or others."""
     language = session.info.model != "mlp"
     return Roller(
         data.source,
@@ -259,6 +255,7 @@ def _roller(
         rules,
         tokenizer=session.tokenizer if language else None,
         context=session.info.context_length if language else 0,
+        standing=data.standing,
     )
 
 
@@ -283,7 +280,8 @@ async def log_rollouts(rollouts: Batch[TrajectoryGroup], run: Run) -> dict[str, 
     """Report what was rolled out for this update."""
     groups = sorted(rollouts.groups, key=lambda group: group.ticket.index)
     trajectories = [t for group in groups for t in group.trajectories]
-    rewards = np.array([t.reward for t in trajectories])
+    ended = [t for t in trajectories if not t.goes_on]
+    rewards = np.array([t.reward for t in ended or trajectories])
     outcomes: dict[str, int] = {}
     for group in groups:
         for kind, count in group.kinds.items():
@@ -292,6 +290,7 @@ async def log_rollouts(rollouts: Batch[TrajectoryGroup], run: Run) -> dict[str, 
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
         "num_trajectories": len(trajectories),
+        "num_ended": len(ended),
         "tokens_mean": float(np.mean([t.actions for t in trajectories])),
         "env_seconds": sum(group.spent.get("environment", 0.0) for group in groups),
         "sampling_seconds": sum(group.spent.get("sampling", 0.0) for group in groups),
@@ -314,80 +313,3 @@ def mean_metrics(each: Sequence[Any]) -> dict[str, float]:
     """Return the means of what environments report, each over those that reported it."""
     names = sorted({name for metrics in each for name in metrics})
     return {name: float(np.mean([metrics[name] for metrics in each if name in metrics])) for name in names}
-
-
-class EvaluatedPartsConfig(ReinforcementPartsConfig, PolicyEvalConfig, CheckpointConfig):
-    """What measuring the policy depends on."""
-
-
-def policy_eval_due(step: StepResult, config: EvaluatedPartsConfig) -> bool:
-    """Whether the policy is measured after this update."""
-    return _reached(config.eval_every, step, config)
-
-
-def update_checkpoint_due(step: StepResult, config: EvaluatedPartsConfig) -> bool:
-    """Whether the training state is saved after this update."""
-    return _reached(config.save_every, step, config)
-
-
-def _reached(every: int, step: StepResult, config: LearnerConfig) -> bool:
-    """Return whether one of an update's optimizer steps is a multiple of ``every``."""
-    return bool(every) and step.step // every > (step.step - config.steps_per_update) // every
-
-
-def policy_eval_at_start(config: PolicyEvalConfig) -> bool:
-    """Whether the policy is measured before the first update."""
-    return config.eval_at_start
-
-
-@stage(writes="eval_results")
-async def evaluate_policy(
-    session: TrainingSession, data: EnvironmentPool, policy: PublishedPolicy[Any], config: PolicyEvalConfig, run: Run
-) -> dict[str, Any]:
-    """Try held-out problems greedily; where an environment has none, its problems with seeds of their own."""
-    held_out = await run_sync(data.source.held_out)
-    source = held_out if held_out is not None else data.source
-    rules = replace(data.rules, group_size=1, least=1, temperature=0.0, top_p=1.0, top_k=0, seed=config.seed + 1)
-    roller = _roller(replace(data, source=source), policy, session, rules)
-    count = min(config.eval_size, await run_sync(lambda: len(source)))
-    groups: list[TrajectoryGroup | None] = [None] * count
-    slots = anyio.CapacityLimiter(32)
-
-    async def attempt(index: int) -> None:
-        async with slots:
-            groups[index] = await roller(Ticket(index, index))
-
-    async with anyio.create_task_group() as tasks:
-        for index in range(count):
-            tasks.start_soon(attempt, index)
-    if held_out is not None:
-        await held_out.aclose()
-    return _evaluated([g for g in groups if g is not None], session, run, held_out=held_out is not None)
-
-
-def _evaluated(
-    groups: Sequence[TrajectoryGroup], session: TrainingSession, run: Run, *, held_out: bool
-) -> dict[str, Any]:
-    trajectories = [t for group in groups for t in group.trajectories]
-    rewards = np.array([t.reward for t in trajectories])
-    mean, std = (float(rewards.mean()), float(rewards.std())) if len(rewards) else (float("nan"), float("nan"))
-    run.emit(
-        PolicyEvaluated(
-            reward_mean=mean,
-            reward_std=std,
-            episodes=len(rewards),
-            step=session.position,
-            held_out=held_out,
-            label=run.path.rpartition("/")[2],
-        )
-    )
-    return {
-        "reward_mean": mean,
-        "reward_std": std,
-        "episodes": len(rewards),
-        "failed": len(groups) - len(trajectories),
-        "held_out": held_out,
-        "metrics": mean_metrics([t.metrics for t in trajectories]),
-        "step": session.position,
-        "synthetic": session.capabilities.synthetic,
-    }

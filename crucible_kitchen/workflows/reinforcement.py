@@ -1,6 +1,13 @@
 """Reinforcement learning: how it runs. What each step does stands in ``crucible_kitchen.stages``."""
 
 from crucible_kitchen.stages.curves import keep_curves, write_policy_report
+from crucible_kitchen.stages.policy_evaluation import (
+    EvaluatedPartsConfig,
+    evaluate_policy,
+    policy_eval_at_start,
+    policy_eval_due,
+    update_checkpoint_due,
+)
 from crucible_kitchen.stages.policy_update import (
     UpdateConfig,
     assemble_rl_batch,
@@ -12,17 +19,12 @@ from crucible_kitchen.stages.policy_update import (
 )
 from crucible_kitchen.stages.registry import RegisterConfig, check_parent, parent_given, register_model, registry_given
 from crucible_kitchen.stages.rollout import (
-    EvaluatedPartsConfig,
     do_rollout,
-    evaluate_policy,
     init_policy_session,
     log_rollouts,
     open_policy,
-    policy_eval_at_start,
-    policy_eval_due,
     publish_policy,
     rollout_feed,
-    update_checkpoint_due,
 )
 from crucible_kitchen.stages.scoring import ScoredConfig, build_scored_env_group
 from crucible_kitchen.stages.training import save_checkpoint, save_final, training_unsaved

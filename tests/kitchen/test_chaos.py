@@ -46,6 +46,22 @@ REINFORCEMENT = (
     "sampling=deterministic",
 )
 
+CONTINUED = (
+    "reinforcement",
+    "model=mlp",
+    "lora_rank=0",
+    "env=gymnasium:CartPole-v1",
+    "env_options.isolation=none",
+    "group_size=3",
+    "groups_per_batch=1",
+    "horizon=15",
+    "num_rollouts=12",
+    "ppo_epochs=2",
+    "minibatches=2",
+    "eval_size=2",
+    "save_every=12",
+)
+
 BRANCHES = '''
 """Two models trained side by side, each in a session of its own."""
 
@@ -155,6 +171,12 @@ def test_a_reinforcement_run_in_turn_ends_with_the_same_bits(tmp_path: Path) -> 
     compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(1), kills=4)
 
 
+@pytest.mark.e2e
+def test_a_run_in_an_environment_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    compared((*CONTINUED, *ONE_THREAD), tmp_path, range(1), kills=4)
+
+
 def overlapped(tmp_path: Path, seeds: range, kills: int) -> None:
     """Disturb a run whose rollouts overlap with learning: each group is trained exactly once, and none is lost."""
     for seed in seeds:
@@ -178,6 +200,12 @@ def test_a_hundred_kills_of_reinforcement_runs_lose_nothing(tmp_path: Path, k: i
         overlapped(tmp_path, range(100, 120), kills=5)
     else:
         compared((*REINFORCEMENT, *ONE_THREAD), tmp_path, range(100, 120), kills=5)
+
+
+@pytest.mark.chaos
+def test_kills_of_a_run_in_an_environment_that_goes_on_change_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    compared((*CONTINUED, *ONE_THREAD), tmp_path, range(100, 105), kills=5)
 
 
 @pytest.mark.e2e

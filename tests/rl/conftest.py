@@ -30,6 +30,7 @@ class Group:
         self.version = version
         self.seconds = seconds
         self.unusable = unusable
+        self.carried = None if unusable else {"after": ticket.index}
         self.length = 1
 
     def versions(self) -> Any:
@@ -45,6 +46,7 @@ class Load:
         self.seed = seed
         self.fails = fails
         self.attempts: dict[int, int] = {}
+        self.carried: dict[int, Any] = {}
         self.running = self.most_running = 0
         self.rollouts: Rollouts[Group]
 
@@ -54,6 +56,7 @@ class Load:
 
     async def __call__(self, ticket: Ticket) -> Group:
         attempt = self.attempts[ticket.index] = self.attempts.get(ticket.index, 0) + 1
+        self.carried[ticket.index] = ticket.carried
         version, seconds = self.rollouts.version, self.seconds(ticket.index)
         self.running += 1
         self.most_running = max(self.most_running, self.running)

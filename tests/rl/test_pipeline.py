@@ -220,6 +220,28 @@ async def test_what_was_in_flight_or_buffered_is_drawn_again_first(kit):
     assert again <= set(load.attempts)
 
 
+@pytest.mark.parametrize("k", [0, 2])
+async def test_a_group_goes_on_from_the_one_before_it_also_after_a_restart(kit, k):
+    trained, position, carried = kit.Trained(), None, {}
+    for until in (2, 3, 7, None):
+        load = kit.Load()
+        rollouts = kit.pipeline(load, plan(batches=10, per_batch=1, workers=1, max_staleness=k), trained)
+        if position is not None:
+            rollouts.seek(position)
+        position = await kit.learn(rollouts, load, trained, until=until)
+        carried |= load.carried
+    assert carried == {0: None} | {index: {"after": index - 1} for index in range(1, 10)}
+
+
+async def test_after_a_group_that_came_to_nothing_the_next_goes_on_from_nowhere(kit):
+    load, trained = (
+        kit.Load(fails=lambda ticket, _: "env_fault: it broke" if ticket.index == 3 else None),
+        kit.Trained(),
+    )
+    await kit.learn(kit.pipeline(load, plan(batches=5, per_batch=1, workers=1), trained), load, trained)
+    assert load.carried == {0: None, 1: {"after": 0}, 2: {"after": 1}, 3: {"after": 2}, 4: None, 5: {"after": 4}}
+
+
 async def test_a_checkpoint_between_the_update_and_the_next_batch_goes_on_with_an_empty_one(kit):
     load, trained = kit.Load(), kit.Trained()
     rollouts = kit.pipeline(load, plan(batches=3), trained)

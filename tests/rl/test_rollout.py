@@ -324,7 +324,7 @@ class Actor:
     async def act(self, observations, uniforms=None):
         await anyio.sleep(0.01)
         size = len(observations)
-        return Acted((uniforms > 0.5).astype(np.int64), np.full(size, -0.7, np.float32), None)
+        return Acted((uniforms > 0.5).astype(np.int64), np.full(size, -0.7, np.float32))
 
     async def aclose(self):
         pass
@@ -336,7 +336,7 @@ class Vector:
     def __init__(self, size=3, **faults):
         self.size, self.faults, self.at, self.closed = size, faults, 0, False
 
-    async def reset(self):
+    async def reset(self, episodes):
         if "reset" in self.faults:
             raise self.faults["reset"]
         return np.zeros((self.size, 2), np.float32)

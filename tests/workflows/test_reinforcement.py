@@ -365,6 +365,7 @@ OTHERWISE = {
     "lora_targets": "the noop model has one layer",
     "chat_template": "the noop model has none",
     "template": "the noop tokenizer has no chat template",
+    "horizon": "the noop model takes no observations: see tests/rl/test_standing.py",
     "concurrent_groups": "see the test of the order of arrival",
     "staleness_policy": "see tests/rl/test_pipeline.py",
     "sampling": "the noop sampler is always deterministic",

@@ -114,7 +114,7 @@ async def episodes_end_and_their_rewards_are_finite(case: EnvironmentCase) -> No
 
 
 async def vector_steps_have_the_shapes_and_ends_that_are_promised(case: EnvironmentCase) -> None:
-    """Observations are [G, D] before any reset; members that are over may be stepped on."""
+    """Observations are [G, D] before any reset; what is not stepped stays; the same again leads to the same."""
     source = case.source()
     space = source.space
     if space is None:
@@ -123,21 +123,46 @@ async def vector_steps_have_the_shapes_and_ends_that_are_promised(case: Environm
     group = await source.open(0, 3, 0)
     assert isinstance(group, VectorEnvironment)
     rng = np.random.default_rng(0)
-    observations = np.asarray(await group.reset())
+    observations = np.asarray(await group.reset(np.zeros(3, np.int64)))
     over = np.zeros(3, dtype=bool)
     for _ in range(MOST_TURNS):
         assert observations.shape == (3, space.features), f"observations of shape {observations.shape}"
         assert np.isfinite(observations).all(), "an observation is not finite"
-        moved = await group.step(rng.integers(space.actions, size=3))
+        moved = await group.step(np.where(over, -1, rng.integers(space.actions, size=3)))
         for values in (moved.rewards, moved.terminated, moved.truncated):
             assert np.shape(values) == (3,), f"an array of shape {np.shape(values)} for 3 members"
         assert np.isfinite(np.asarray(moved.rewards)[~over]).all(), "a reward is not finite"
+        before, observations = observations, np.asarray(moved.observations)
+        assert np.array_equal(observations[over], before[over]), "a member without an action moved"
         over |= np.asarray(moved.terminated, bool) | np.asarray(moved.truncated, bool)
-        observations = np.asarray(moved.observations)
         if over.all():
             break
     await group.aclose()
     await source.aclose()
+
+
+async def vector_episodes_are_numbered_and_can_be_repeated(case: EnvironmentCase) -> None:
+    """Equal episodes and actions lead to equal observations, whatever was done before."""
+    source = case.source()
+    space = source.space
+    if space is None:
+        await source.aclose()
+        skip("it is a language environment")
+    found = []
+    for detour in (False, True):
+        group = await source.open(0, 2, 5)
+        assert isinstance(group, VectorEnvironment)
+        if detour:
+            await group.reset(np.array([0, 0]))
+            await group.step(np.array([0, 0]))
+        await group.reset(np.array([3, 0]))
+        after = await group.step(np.array([0, space.actions - 1]))
+        seen = np.asarray(await group.reset(np.array([-1, 1])))
+        assert np.array_equal(seen[0], np.asarray(after.observations)[0]), "a member that was not reset moved"
+        found.append(seen.tolist())
+        await group.aclose()
+    await source.aclose()
+    assert found[0] == found[1], "one episode, two courses"
 
 
 async def held_out_problems_are_others_and_have_none_themselves(case: EnvironmentCase) -> None:
@@ -186,7 +211,7 @@ async def groups_are_opened_and_closed_concurrently(case: EnvironmentCase) -> No
 async def _first(group: EnvironmentGroup | VectorEnvironment) -> object:
     """Begin all episodes, and return what they begin with in a form that can be compared."""
     if isinstance(group, VectorEnvironment):
-        return np.asarray(await group.reset()).tolist()
+        return np.asarray(await group.reset(np.zeros(group.size, np.int64))).tolist()
     return [(await environment.reset()).messages for environment in group.environments]
 
 
@@ -213,6 +238,7 @@ ENVIRONMENT: Sequence[Callable[[EnvironmentCase], Awaitable[None]]] = (
     a_group_is_of_the_kind_that_its_space_says,
     episodes_end_and_their_rewards_are_finite,
     vector_steps_have_the_shapes_and_ends_that_are_promised,
+    vector_episodes_are_numbered_and_can_be_repeated,
     held_out_problems_are_others_and_have_none_themselves,
     closing_twice_is_harmless,
     groups_are_opened_and_closed_concurrently,

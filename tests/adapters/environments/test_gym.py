@@ -17,6 +17,7 @@ from crucible_kitchen_environments.gym import GymnasiumEnvironments
 
 gymnasium = pytest.importorskip("gymnasium")
 pytestmark = pytest.mark.anyio
+FIRST = np.zeros(1, np.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +45,13 @@ async def test_copies_go_through_the_same_states_as_the_environment_itself(
     source = opened("CartPole-v1", isolation=isolation)
     assert (source.space.features, source.space.actions) == (4, 2)
     group = await source.open(7, 3, seed=11)
-    first = await group.reset()
-    seeds = np.random.SeedSequence((11, 7)).generate_state(3).tolist()
+    first = await group.reset(np.array([0, 0, 4]))
+    seeds = [int(np.random.SeedSequence((11, 7, *key)).generate_state(1)[0]) for key in [(0, 0), (1, 0), (2, 4)]]
     envs = [gymnasium.make("CartPole-v1") for _ in range(3)]
     assert np.array_equal(first, [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     over = np.zeros(3, dtype=bool)
     for step in range(200):
-        actions = np.array([1, 0, step % 2])
+        actions = np.where(over, -1, [1, 0, step % 2])
         moved = await group.step(actions)
         for i in np.flatnonzero(~over):
             observed, reward, terminated, truncated, _ = envs[i].step(int(actions[i]))
@@ -72,7 +73,7 @@ async def test_equal_seeds_are_equal_episodes_and_held_out_ones_are_others(
     seen = []
     for where, problem, seed in [(source, 0, 1), (source, 0, 1), (source, 1, 1), (source, 0, 2), (held, 0, 1)]:
         group = await where.open(problem, 2, seed)
-        seen.append((await group.reset()).tobytes())
+        seen.append((await group.reset(np.zeros(2, np.int64))).tobytes())
         await group.aclose()
     await held.aclose()
     assert seen[0] == seen[1]
@@ -89,12 +90,12 @@ async def test_an_episode_that_was_cut_is_not_one_that_ended(
 ) -> None:
     source = opened("strange_gyms:Strange-v0", how=how)
     group = await source.open(0, 1, 0)
-    await group.reset()
+    await group.reset(FIRST)
     await group.step(np.array([0]))
     last = await group.step(np.array([1]))
     assert (last.terminated[0], last.truncated[0]) == (terminated, truncated)
     assert last.observations[0].tolist() == [2, 2, 2]
-    after = await group.step(np.array([1]))  # over: nothing moves, nothing is reset
+    after = await group.step(np.array([-1]))  # nothing moves, nothing is reset
     assert after.observations[0].tolist() == [2, 2, 2]
     assert after.rewards[0] == 0
     await group.aclose()
@@ -145,14 +146,14 @@ async def test_without_a_process_a_broken_environment_is_a_fault_all_the_same(
 ) -> None:
     group = await opened("strange_gyms:Strange-v0", how="reset raises", isolation="none").open(0, 1, 0)
     with pytest.raises(EnvironmentFault, match="raised RuntimeError"):
-        await group.reset()
+        await group.reset(FIRST)
     await group.aclose()
 
 
 async def test_a_hanging_step_is_a_timeout(opened: Callable[..., GymnasiumEnvironments]) -> None:
     source = opened("strange_gyms:Strange-v0", how="hangs", step_timeout="0.5")
     group = await source.open(0, 1, 0)
-    await group.reset()
+    await group.reset(FIRST)
     with pytest.raises(EnvironmentTimeout):
         await group.step(np.array([0]))
     with pytest.raises(EnvironmentFailure):  # its copies are gone with the process

@@ -10,6 +10,7 @@ import pytest
 
 from crucible_kitchen import Kitchen
 from crucible_kitchen.errors import CrucibleError, DatasetNotFound, SandboxUnavailable
+from crucible_kitchen.events import RolloutComplete
 from crucible_kitchen_environments import sandbox as sandbox_module
 
 pytestmark = pytest.mark.anyio
@@ -51,6 +52,43 @@ async def test_a_run_on_programs_judges_them_or_refuses_to_start(home: Path, mon
 async def test_problems_that_are_not_there_end_the_run_with_their_name(home: Path) -> None:
     with pytest.raises(DatasetNotFound, match=r"none\.jsonl"):
         await Kitchen(home=home).run("reinforcement", {**SMALL, "env": "math:none.jsonl"})
+
+
+GOES_ON: dict[str, Any] = {
+    "model": "mlp",
+    "lora_rank": 0,
+    "env": "gymnasium:CartPole-v1",
+    "group_size": 3,
+    "groups_per_batch": 1,
+    "horizon": 20,
+    "num_rollouts": 4,
+    "ppo_epochs": 2,
+    "minibatches": 2,
+    "eval_size": 2,
+}
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+async def test_an_environment_goes_on_from_update_to_update(home: Path, isolation: str) -> None:
+    pytest.importorskip("gymnasium")
+    async with Kitchen(home=home) as kitchen:
+        run = await kitchen.start("reinforcement", {**GOES_ON, "env_options": {"isolation": isolation}})
+        rolled = [r.event async for r in run.events() if isinstance(r.event, RolloutComplete)]
+        await run.wait()
+    assert [event.num_trajectories * event.tokens_mean for event in rolled] == pytest.approx([60] * 4)
+    assert all(event.num_trajectories - event.num_ended <= 3 for event in rolled)
+    assert sum(event.num_ended for event in rolled) > 3
+    assert max(event.reward_mean for event in rolled[1:]) > 20  # episodes are longer than a segment
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"advantage": "grpo"}, "advantage=gae"), ({"model": "tiny", "env": "sums"}, "model=mlp")],
+)
+async def test_what_cannot_go_on_is_refused(home: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(CrucibleError) as caught:
+        await Kitchen(home=home).run("reinforcement", {**GOES_ON, **change})
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("how", ["reset raises", "hangs", "nan"])
