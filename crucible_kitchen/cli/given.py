@@ -12,7 +12,9 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from crucible_kitchen.errors import AdapterError, ConfigError, CrucibleError, NotFoundError, WorkflowError
@@ -213,8 +215,20 @@ def _imported(name: str, place: str) -> Any:
         raise WorkflowError(name, [f"{place} cannot be imported: {type(error).__name__}: {error}"]) from error
 
 
+class _Script(SourceFileLoader):
+    """Loads a file as Python loads a script: always from its source.
+
+    What is kept compiled is told apart by whole seconds and its size, and a file may be changed faster than that.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
 def _loaded(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"_workflow_file_{path.stem}", path)
+    name = f"_workflow_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Script(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,8 @@
 """``run`` and ``validate``: results, exit codes, what stands where."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ def test_a_run_prints_one_json_object_as_the_last_line_of_standard_output(cli: A
     assert ended.json["status"] == "completed"
     assert ended.json["state"]["answer"]["size"] == 1
     assert "started" in ended.err, "progress goes to standard error"
+
+
+def test_a_file_that_changed_within_a_second_is_read_anew(
+    cli: Any, flows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for name in ("size", "note"):
+        flows.write_text(flows.read_text("utf-8").replace('include={"size"', f'include={{"{name}"'), encoding="utf-8")
+        os.utime(flows, (1e9, 1e9))
+        answer = cli("run", "flows.py:cook", "--json").json["state"]["answer"]
+        assert name in answer
+    assert "size" not in answer
 
 
 def test_without_json_a_person_reads_how_it_ended_and_how_to_look_again(cli: Any) -> None:
