@@ -1,6 +1,7 @@
 """What a newcomer sees first: ``make demo`` teaches the built-in model a task, measures it and registers it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +58,5 @@ def test_how_long_it_took_is_told(demo_run: Any, demo_home: Path, capsys: pytest
     taken = sum(seconds.values())
     told = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
     with capsys.disabled():
-        print(f"\ndemo: {told}; together {taken:.1f} s, of {BUDGET_SECONDS} s on two idle cores")
+        print(f"\ndemo: {told}; together {taken:.1f} s, of {BUDGET_SECONDS} s on two idle cores", file=sys.stderr)
     assert 0 < taken <= demo_run["duration_s"]
