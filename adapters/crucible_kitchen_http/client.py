@@ -11,17 +11,18 @@ from typing import Any
 import anyio
 from pydantic import SecretStr
 
+from crucible_kitchen.connections import secret
 from crucible_kitchen.errors import BackendError, CapabilityError
+from crucible_kitchen.hub_tokenizer import load_tokenizer
 from crucible_kitchen.ports import Tokenizer
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
-from crucible_kitchen.redaction import remember_secret
 from crucible_kitchen.types import JsonObject, SessionInfo, SessionSpec
 from crucible_kitchen.workers import Submissions, run_sync
 from crucible_kitchen_http.endpoint import Endpoint, EndpointOptions
 from crucible_kitchen_http.remote import RemoteModel
 from crucible_kitchen_http.sampler import HttpSampler
 from crucible_kitchen_http.session import HttpSession
-from crucible_kitchen_http.tokenizer import load_tokenizer, tokenizer_from_files
+from crucible_kitchen_http.tokenizer import tokenizer_from_files
 
 __all__ = ["HttpSamplingClient", "HttpTrainingClient"]
 
@@ -45,6 +46,8 @@ _LEAST = TrainingCapabilities(
     losses=_MOST.losses,
     custom_loss="emulated",
     recovery="rollback",
+    session_options=False,
+    sampling_options=False,
     export=False,
 )
 """What every server of the profile can do."""
@@ -61,6 +64,8 @@ class HttpTrainingClient:
         patience: seconds for which a request is sent again while the server cannot be reached.
         max_concurrency: requests under way at once.
         recovery_bytes: calls kept to be sent again should the server restart; beyond it a state is saved in between.
+        extensions: the server is one of this project's and knows more than the wire's profile. Say ``false`` for
+            another: what it cannot do is then refused by ``validate`` and ``--dry-run``.
 
     Raises:
         ConfigError: an option has no such value.
@@ -78,16 +83,18 @@ class HttpTrainingClient:
         patience: float = 120.0,
         max_concurrency: int = 128,
         recovery_bytes: int = 1 << 26,
+        extensions: bool = True,
     ) -> None:
         self._options = _options(base_url, api_key, timeout, patience, max_concurrency)
         self._endpoint = Endpoint(self._options)
         self._tokenizer = tokenizer
         self._recovery_bytes = recovery_bytes
+        self._extensions = extensions
 
     @property
     def capabilities(self) -> TrainingCapabilities:
-        """What a server of this project can do; a session says what its own server can."""
-        return _MOST
+        """What such a server can do, as ``extensions`` says; a session says what its own server can."""
+        return _MOST if self._extensions else _LEAST
 
     def open_session(self, spec: SessionSpec) -> AbstractAsyncContextManager[TrainingSession]:
         """See ``TrainingClient``."""
@@ -95,12 +102,11 @@ class HttpTrainingClient:
 
     @asynccontextmanager
     async def _open(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
-        remote = RemoteModel(self._endpoint, _creation(spec))
+        remote = RemoteModel(self._endpoint, _creation(spec), extended=self._extensions)
         failure: Exception | None = None
         try:
-            _check_spec(spec, extended=True)
+            _check_spec(spec, extended=self._extensions)
             await remote.create()
-            _check_spec(spec, extended=remote.extended)
             async with Submissions() as submissions, anyio.create_task_group() as beating:
                 beating.start_soon(remote.beat)
                 session = await self._session(remote, submissions, spec)
@@ -118,8 +124,8 @@ class HttpTrainingClient:
 
     async def _session(self, remote: RemoteModel, submissions: Submissions, spec: SessionSpec) -> HttpSession:
         told = await self._endpoint.post("get_info", {"model_id": remote.model_id, "type": "get_info"})
-        more = told.get("crucible")
-        if remote.extended and isinstance(more, dict):
+        if remote.extended:
+            more = told.get("crucible") or {}
             info = _info(more)
             capabilities = _narrowed(more.get("capabilities") or {})
             files = await self._endpoint.get(f"models/{remote.model_id}/tokenizer")
@@ -132,7 +138,8 @@ class HttpTrainingClient:
 
     def public_options(self) -> JsonObject:
         """See ``Adapter``."""
-        return {**self._options.public(), "tokenizer": _named(self._tokenizer), "recovery_bytes": self._recovery_bytes}
+        more = {"recovery_bytes": self._recovery_bytes, "extensions": self._extensions}
+        return {**self._options.public(), "tokenizer": _named(self._tokenizer), **more}
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -195,7 +202,7 @@ class HttpSamplingClient:
     async def _load(self, name: str, model: str, extended: bool) -> Tokenizer:
         if extended:
             files = await self._endpoint.get(f"samplers/{name}/tokenizer")
-            return await run_sync(tokenizer_from_files, files, 0)
+            return await run_sync(tokenizer_from_files, files)
         return await _given_tokenizer(self._tokenizer, model)
 
     def public_options(self) -> JsonObject:
@@ -221,9 +228,7 @@ def _named(given: str | Tokenizer | None) -> str | None:
 def _options(
     base_url: str, api_key: SecretStr | str | None, timeout: float, patience: float, max_concurrency: int
 ) -> EndpointOptions:
-    key = SecretStr(api_key) if isinstance(api_key, str) else api_key
-    remember_secret(key)
-    return EndpointOptions(base_url.rstrip("/"), key or None, float(timeout), float(patience), int(max_concurrency))
+    return EndpointOptions(base_url.rstrip("/"), secret(api_key), float(timeout), float(patience), int(max_concurrency))
 
 
 def _creation(spec: SessionSpec) -> JsonObject:

@@ -6,15 +6,14 @@ next: ``crucible_kitchen_http.remote``.
 """
 
 import random
-import re
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 from pydantic import SecretStr
 
+from crucible_kitchen.connections import Connections, check_address
 from crucible_kitchen.errors import (
     BackendError,
     BackendUserError,
@@ -37,6 +36,7 @@ __all__ = ["Endpoint", "EndpointOptions", "accepted"]
 
 R = TypeVar("R")
 
+_FORM = "http://host:port"
 _FIRST_DELAY = 0.05
 _LARGE = 1 << 16
 
@@ -63,10 +63,7 @@ class EndpointOptions:
     max_concurrency: int = 128
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url):
-            raise ConfigError(
-                "base_url is not a plain http address", hint="write http://host:port; a key goes into api_key"
-            )
+        check_address(self.base_url, _FORM)
         if self.timeout <= 0 or self.patience < 0 or self.max_concurrency < 1:
             raise ConfigError("timeout and max_concurrency must be positive, patience 0 or more")
 
@@ -80,12 +77,20 @@ class Endpoint:
     """A connection pool to one server, opened by its first request."""
 
     options: EndpointOptions
-    _client: "httpx.AsyncClient | None" = None
-    _closed: bool = False
     _random: random.Random = field(default_factory=random.Random)
 
     def __post_init__(self) -> None:
-        self._slots = anyio.Semaphore(self.options.max_concurrency)
+        options = self.options
+        headers = {"X-API-Key": options.api_key.get_secret_value()} if options.api_key else {}
+        self._connections = Connections(
+            "the training server",
+            options.base_url,
+            _FORM,
+            headers,
+            options.timeout,
+            options.max_concurrency,
+            proxied=False,
+        )
 
     async def post(self, path: str, body: JsonObject | bytes, *, patience: float | None = None) -> JsonObject:
         """Send a request until it is answered, refused, or patience ends, and return the answer.
@@ -125,10 +130,7 @@ class Endpoint:
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
-        self._closed = True
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._connections.aclose()
 
     async def _request(self, exchange: Callable[[], Awaitable[R]], patience: float | None) -> R:
         allowed = self.options.patience if patience is None else patience
@@ -136,8 +138,7 @@ class Endpoint:
         attempt = 0
         while True:
             try:
-                async with self._slots:
-                    return await exchange()
+                return await exchange()
             except CrucibleError as error:
                 now = anyio.current_time()
                 failing_since = now if failing_since is None else failing_since
@@ -150,30 +151,10 @@ class Endpoint:
         return await _json(await self._fetch(method, path, data))
 
     async def _fetch(self, method: str, path: str, data: bytes | None) -> bytes:
-        with _translated(), anyio.fail_after(self.options.timeout):
-            response = await self._opened().request(
-                method,
-                f"{self.options.base_url}{PREFIX}{path}",
-                content=data,
-                headers={"Content-Type": "application/json"} if data is not None else None,
-            )
+        response = await self._connections.request(method, f"{PREFIX}{path}", data)
         if response.is_success or response.status_code == 408:
             return response.content
         raise _refusal(response)
-
-    def _opened(self) -> "httpx.AsyncClient":
-        import httpx
-
-        if self._closed:
-            raise SessionLost("the client is closed")
-        if self._client is None:
-            key = self.options.api_key
-            headers = {"X-API-Key": key.get_secret_value()} if key else {}
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.options.max_concurrency)
-            self._client = httpx.AsyncClient(
-                headers=headers, timeout=self.options.timeout, limits=limits, trust_env=False
-            )
-        return self._client
 
 
 def accepted(answer: JsonObject) -> JsonObject:
@@ -185,24 +166,6 @@ def accepted(answer: JsonObject) -> JsonObject:
     if "error" in answer:
         raise failure_from_wire(answer)
     return answer
-
-
-@contextmanager
-def _translated() -> Generator[None, None, None]:
-    """Turn httpx's errors into this project's; their messages may hold addresses, so only their kind is told."""
-    import httpx
-
-    try:
-        yield
-    except (TimeoutError, httpx.TimeoutException) as error:
-        raise TransientBackendError("the training server did not answer in time", hint="raise timeout=") from error
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise BackendUserError("base_url cannot be used", hint="write http://host:port") from error
-    except httpx.HTTPError as error:
-        kind = type(error).__name__
-        raise TransientBackendError(
-            f"the training server cannot be reached ({kind})", hint="is it running, and base_url right?"
-        ) from error
 
 
 async def _json(data: bytes) -> JsonObject:

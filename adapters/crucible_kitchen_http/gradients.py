@@ -16,12 +16,14 @@ from crucible_kitchen.errors import BackendError, BackendUserError, NonFiniteLos
 from crucible_kitchen.types import (
     Array,
     Datum,
+    Float64Array,
     ForwardBackwardResult,
     ForwardResult,
     JsonObject,
     Loss,
     LossValue,
     OptimResult,
+    OutputsLoss,
 )
 from crucible_kitchen.wire.codec import datum_to_wire, parse, tensor_from_wire
 from crucible_kitchen.wire.messages import TensorData
@@ -29,7 +31,7 @@ from crucible_kitchen.wire.metrics import combine_metrics, metrics_from_wire
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen_http.remote import Call, Place, RemoteModel
 
-__all__ = ["Gradient", "forward", "optim_result"]
+__all__ = ["Gradient", "forward", "optim_result", "plain"]
 
 CHUNK = 1024
 """Most data of one request."""
@@ -189,3 +191,27 @@ def _linear(datum: Datum, slope: Any) -> Datum:
 def _weight(datum: Datum) -> float:
     weights = datum.loss_inputs.get("weights")
     return float(len(datum)) if weights is None else float(weights.sum(dtype="float64"))
+
+
+def plain(loss: Loss | OutputsLoss) -> Loss:
+    """Return a loss of log-probabilities alone, whichever way it is stated."""
+    return loss if not hasattr(loss, "reads") else _OfLogprobs(loss)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _OfLogprobs:
+    """A loss of outputs that reads log-probabilities only, as a plain loss."""
+
+    stated: OutputsLoss
+
+    @property
+    def name(self) -> str:
+        return self.stated.name
+
+    @property
+    def group(self) -> int:
+        return self.stated.group
+
+    def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]], /) -> LossValue:
+        value = self.stated([{"logprobs": each} for each in logprobs], loss_inputs)
+        return LossValue(value.total, [slopes["logprobs"] for slopes in value.slopes], value.metrics)

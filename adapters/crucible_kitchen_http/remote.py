@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from crucible_kitchen.errors import BackendUserError, CrucibleError, NotFoundError, SessionLost, TransientBackendError
+from crucible_kitchen.errors import (
+    BackendUserError,
+    CapabilityError,
+    CrucibleError,
+    NotFoundError,
+    SessionLost,
+    TransientBackendError,
+)
 from crucible_kitchen.types import JsonObject, StateRef
 from crucible_kitchen.wire.codec import dumps
 from crucible_kitchen_http.endpoint import Endpoint
 
-__all__ = ["Call", "RemoteModel"]
+__all__ = ["Call", "RemoteModel", "Start"]
 
 Place = tuple[int, int]
 """An accumulation: index of the optimizer step, and which try of it."""
@@ -51,6 +58,23 @@ class Call:
         return cls(path, dumps(body), place)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a model's kept calls start from: a saved state, or only its weights."""
+
+    state: StateRef
+    optimizer: bool = True
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the model then has behind it."""
+        return self.state.step if self.optimizer else 0
+
+    def call(self) -> Call:
+        """Return the call that loads it."""
+        return Call.of("load_weights", {"path": self.state.uri, "optimizer": self.optimizer, "type": "load_weights"})
+
+
 @dataclass
 class RemoteModel:
     """One model on a server.
@@ -58,13 +82,13 @@ class RemoteModel:
     Attributes:
         endpoint: the server.
         creation: the message that creates the model, without the session's id.
-        state: the state the model was last known to have whole; None: as it was created.
-        extended: the server knows our extensions.
+        start: what the model was last known to be as a whole; None: as it was created.
+        extended: whether the server's extensions of the wire are used.
     """
 
     endpoint: Endpoint
     creation: JsonObject
-    state: StateRef | None = None
+    start: Start | None = None
     extended: bool = False
     session_id: str = ""
     model_id: str = ""
@@ -85,13 +109,21 @@ class RemoteModel:
         return sum(len(call.body) for call in self.kept)
 
     async def create(self) -> None:
-        """Make a session and the model on the server."""
+        """Make a session and the model on the server.
+
+        Raises:
+            CapabilityError: the server does not know the extensions that are to be used.
+        """
         opened = await self.endpoint.post(
             "create_session",
             {"tags": [], "user_metadata": {}, "sdk_version": "crucible-kitchen", "type": "create_session"},
         )
         self.session_id = str(opened.get("session_id"))
-        self.extended = isinstance(opened.get("crucible"), dict)
+        if self.extended and not isinstance(opened.get("crucible"), dict):
+            raise CapabilityError(
+                "the training server knows the wire's profile only, without the extensions of this project's servers",
+                hint="give the adapter extensions=false; --dry-run then says what such a server cannot do",
+            )
         self._models = 0
         await self._create_model()
 
@@ -180,8 +212,8 @@ class RemoteModel:
         for attempt in range(_REVIVALS):
             try:
                 await self.create()
-                if self.state is not None:
-                    await self._load(self.state)
+                if self.start is not None:
+                    await self._load(self.start)
                 for call in list(self.kept):
                     await self._post(call)
                     if call.ended.is_set():
@@ -193,8 +225,8 @@ class RemoteModel:
                 break
         self._life += 1
 
-    async def _load(self, state: StateRef) -> None:
-        load = Call.of("load_weights", {"path": state.uri, "optimizer": True, "type": "load_weights"})
+    async def _load(self, start: Start) -> None:
+        load = start.call()
         await self._post(load)
         await self.endpoint.result(load.request_id)
 
@@ -219,16 +251,16 @@ class RemoteModel:
             await call.ended.wait()
         applied = {call.place for call in before if call.path == "optim_step"}
         self._forget([call for call in before if call.place in applied])
-        self.state = state
+        self.start = Start(state)
         await self._delete_doomed()
 
-    async def loaded(self, state: StateRef, load: Call) -> None:
-        """Note that the model is now as a state says, whatever was sent before ``load``."""
+    async def begun(self, start: Start, load: Call) -> None:
+        """Note that the model is now as ``start`` says, whatever was sent before ``load``."""
         before = load.before
         for call in before:
             await call.ended.wait()
         self._forget(before)
-        self.state = state
+        self.start = start
         await self._delete_doomed()
 
     def _forget(self, calls: list[Call]) -> None:
@@ -243,7 +275,7 @@ class RemoteModel:
     async def _delete_doomed(self) -> None:
         doomed, self._doomed = self._doomed, []
         for state in doomed:
-            if self.state is not None and state.uri == self.state.uri:
+            if self.start is not None and state.uri == self.start.state.uri:
                 self._doomed.append(state)
                 continue
             with suppress(NotFoundError):

@@ -19,6 +19,9 @@ from crucible_kitchen_http.endpoint import Endpoint
 
 __all__ = ["HttpSampler"]
 
+_FEW = 4096
+"""Tokens that are made arrays of at once; more are in a worker thread."""
+
 
 class HttpSampler:
     """See ``Sampler``.
@@ -62,6 +65,8 @@ class HttpSampler:
             raise BackendUserError("max_tokens and n must be 1 or more")
         prompt_ids = [int(token) for token in prompt]
         answer = await self._ask(self._body(prompt_ids, params, n))
+        if n * params.max_tokens <= _FEW:
+            return self._sampled(answer, params, n)
         return await run_sync(self._sampled, answer, params, n)
 
     async def compute_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Array]:

@@ -5,9 +5,8 @@ What the server said it can do decides how a verb is sent: whole, emulated, or n
 """
 
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,26 +18,20 @@ from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingStepScope, require_outputs
 from crucible_kitchen.types import (
     AdamParams,
-    Array,
     Datum,
     ExportedModel,
-    Float64Array,
-    ForwardBackwardResult,
     ForwardResult,
     JsonObject,
-    Loss,
-    LossValue,
     OptimResult,
-    OutputsLoss,
     SessionInfo,
     StateRef,
-    reads,
 )
 from crucible_kitchen.workers import PendingResult, Submissions, run_sync
 from crucible_kitchen_http import gradients
 from crucible_kitchen_http.export import check_directory, fetch
-from crucible_kitchen_http.remote import Call, Place, RemoteModel
+from crucible_kitchen_http.remote import Call, Place, RemoteModel, Start
 from crucible_kitchen_http.sampler import HttpSampler
+from crucible_kitchen_http.steps import StepScope
 
 __all__ = ["HttpSession"]
 
@@ -265,18 +258,25 @@ class HttpSession:
 
     async def load_state(self, state: StateRef) -> None:
         """See ``TrainingSession``."""
-        self._leave()
-        self.remote.check_loadable(state)
-        await self._call(lambda: self._load(state))
+        await self._load(Start(state))
 
-    async def _load(self, state: StateRef) -> Awaitable[None]:
-        call = Call.of("load_weights", {"path": state.uri, "optimizer": True, "type": "load_weights"})
+    async def load_weights(self, state: StateRef) -> None:
+        """See ``TrainingSession``."""
+        await self._load(Start(state, optimizer=False))
+
+    async def _load(self, start: Start) -> None:
+        self._leave()
+        self.remote.check_loadable(start.state)
+        await self._call(lambda: self._loading(start))
+
+    async def _loading(self, start: Start) -> Awaitable[None]:
+        call = start.call()
         reply = await self.remote.send(call)
 
         async def finish() -> None:
             more = (await reply).get("crucible") or {}
-            await self.remote.loaded(state, call)
-            self._position = int(more.get("step", state.step))
+            await self.remote.begun(start, call)
+            self._position = int(more.get("step", start.step))
             self._stale = False
 
         return finish()
@@ -322,94 +322,6 @@ class HttpSession:
             return await self.remote.send(Call.of("export_model", {"type": "export_model"}))
 
         return await fetch(self.remote.endpoint, await self.submit(send), directory)
-
-
-class StepScope:
-    """See ``TrainingStepScope``."""
-
-    def __init__(self, session: HttpSession, place: Place) -> None:
-        self._session = session
-        self._pending: list[PendingResult[Any]] = []
-        self._dropped = False
-        self._ordered: bool | None = None
-        self.place = place
-        self.applied = False
-
-    @property
-    def index(self) -> int:
-        """See ``TrainingStepScope``."""
-        return self.place[0]
-
-    @property
-    def sent(self) -> bool:
-        """Whether anything was submitted."""
-        return bool(self._pending)
-
-    def drop(self) -> None:
-        """Take no more calls, and let nobody fail for those that were not awaited."""
-        self._dropped = True
-        for pending in self._pending:
-            pending.excuse()
-
-    async def forward_backward(
-        self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss = "cross_entropy", *, order: int | None = None
-    ) -> PendingResult[ForwardBackwardResult]:
-        """See ``TrainingStepScope``."""
-        self._check()
-        can = self._session.capabilities
-        if order is not None and not can.ordered_accumulation:
-            raise CapabilityError("the server adds gradients in the order of arrival", hint="leave out order=")
-        require_outputs(can, reads(loss))
-        work = gradients.Gradient(self._session.remote, tuple(datums), self.place, order)
-        if isinstance(loss, str):
-            if loss not in can.losses:
-                raise CapabilityError(
-                    f"the server has no loss {loss!r}", hint=f"it has {', '.join(sorted(can.losses))}"
-                )
-            return await self._submit(lambda: work.built_in(loss))
-        return await self._submit(lambda: work.emulated(_plain(loss)))
-
-    async def apply(self, params: AdamParams, *, scale: float = 1.0) -> PendingResult[OptimResult]:
-        """See ``TrainingStepScope``."""
-        self._check()
-        await anyio.lowlevel.checkpoint()
-        pending = await self._session.apply(self.place, params, scale)
-        self.applied = True
-        return pending
-
-    async def _submit(self, call: Callable[[], Awaitable[Awaitable[R]]]) -> PendingResult[R]:
-        await anyio.lowlevel.checkpoint()
-        pending = self._session.submit(call)
-        self._pending.append(pending)
-        return pending
-
-    def _check(self) -> None:
-        if self.applied or self._dropped:
-            raise BackendUserError(f"step {self.index} is over", hint="open the next step with session.step()")
-
-
-def _plain(loss: Loss | OutputsLoss) -> Loss:
-    """Return a loss of log-probabilities alone, whichever way it is stated."""
-    return loss if not hasattr(loss, "reads") else _OfLogprobs(loss)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _OfLogprobs:
-    """A loss of outputs that reads log-probabilities only, as a plain loss."""
-
-    stated: OutputsLoss
-
-    @property
-    def name(self) -> str:
-        return self.stated.name
-
-    @property
-    def group(self) -> int:
-        return self.stated.group
-
-    def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]], /) -> LossValue:
-        value = self.stated([{"logprobs": each} for each in logprobs], loss_inputs)
-        return LossValue(value.total, [slopes["logprobs"] for slopes in value.slopes], value.metrics)
 
 
 async def _ended(pending: PendingResult[Any]) -> None:

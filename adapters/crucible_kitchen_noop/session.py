@@ -188,14 +188,29 @@ class NoopSession:
         """Restore a state bit for bit."""
 
         async def load() -> None:
-            arrays, meta = await run_sync(read_state, state)
-            if not self._model.fits(arrays):
-                raise BackendUserError("the state is of another kind of session", hint="open it with the same lora")
+            arrays, meta = await self._read(state)
             self._model.restore(arrays, meta["step"])
             self._rng.bit_generator.state = meta["rng"]
             self._scope = self._last = None
 
         await (await self._submit(load))
+
+    async def load_weights(self, state: StateRef) -> None:
+        """Take over a state's weights; the optimizer begins anew."""
+
+        async def load() -> None:
+            arrays, _ = await self._read(state)
+            moments = {name: np.zeros_like(array) for name, array in arrays.items() if name[:2] in ("m.", "v.")}
+            self._model.restore(arrays | moments, 0)
+            self._scope = self._last = None
+
+        await (await self._submit(load))
+
+    async def _read(self, state: StateRef) -> tuple[dict[str, Any], dict[str, Any]]:
+        arrays, meta = await run_sync(read_state, state)
+        if not self._model.fits(arrays):
+            raise BackendUserError("the state is of another kind of session", hint="open it with the same lora")
+        return arrays, meta
 
     async def delete_state(self, state: StateRef) -> None:
         """Remove a state's file."""

@@ -34,7 +34,7 @@ _CAPABILITIES = TrainingCapabilities(
     reproducible=True,
     synthetic=True,
 )
-_FIXED = {"synthetic", "losses", "mlp", "shared_prefix"}
+_FIXED = {"synthetic", "losses", "mlp", "shared_prefix", "session_options", "sampling_options"}
 
 
 class NoopTrainingClient:

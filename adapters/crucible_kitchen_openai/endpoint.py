@@ -5,8 +5,6 @@ It knows no shape of request or reply. Read next: ``crucible_kitchen_openai.chat
 
 import random
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -14,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from pydantic import SecretStr
+from pydantic_core import to_json
 
+from crucible_kitchen.connections import Connections, check_address, secret
 from crucible_kitchen.errors import (
     BackendError,
     BackendUserError,
     CapacityError,
     ConfigError,
-    SessionLost,
     TransientBackendError,
 )
-from crucible_kitchen.redaction import remember_secret
 from crucible_kitchen.types import JsonObject
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Endpoint", "EndpointOptions"]
 
+_FORM = "https://host/v1"
 _FIRST_DELAY = 0.5
 _WORD = re.compile(r"[\w.-]{1,64}")
 
@@ -59,10 +58,7 @@ class EndpointOptions:
     max_delay: float = 30.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.base_url):
-            raise ConfigError(
-                "base_url is not a plain http address", hint="write https://host/v1; a key goes into api_key"
-            )
+        check_address(self.base_url, _FORM)
         if self.timeout <= 0 or self.max_concurrency < 1 or self.retries < 0 or self.max_delay < 0:
             raise ConfigError("timeout and max_concurrency must be positive, retries and max_delay 0 or more")
 
@@ -77,10 +73,8 @@ class EndpointOptions:
         max_delay: float | str,
     ) -> "EndpointOptions":
         """Build options from what a command line may give: texts for numbers, a text for the key."""
-        key = SecretStr(api_key) if isinstance(api_key, str) else api_key
-        remember_secret(key)
         numbers = float(timeout), int(max_concurrency), int(retries), float(max_delay)
-        return cls(base_url.rstrip("/"), key or None, *numbers)
+        return cls(base_url.rstrip("/"), secret(api_key), *numbers)
 
     def public(self) -> JsonObject:
         """Return what may stand in a manifest."""
@@ -93,12 +87,14 @@ class Endpoint:
     """A connection pool to one service, opened by its first request."""
 
     options: EndpointOptions
-    _client: "httpx.AsyncClient | None" = None
-    _closed: bool = False
     _random: random.Random = field(default_factory=random.Random)
 
     def __post_init__(self) -> None:
-        self._slots = anyio.Semaphore(self.options.max_concurrency)
+        options = self.options
+        headers = {"Authorization": f"Bearer {options.api_key.get_secret_value()}"} if options.api_key else {}
+        self._connections = Connections(
+            "the service", options.base_url, _FORM, headers, options.timeout, options.max_concurrency, proxied=True
+        )
 
     async def post(self, path: str, body: JsonObject) -> JsonObject:
         """Send a request until it is answered, refused, or out of attempts, and return the answer.
@@ -116,18 +112,14 @@ class Endpoint:
 
     async def aclose(self) -> None:
         """Close all connections. Idempotent."""
-        self._closed = True
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._connections.aclose()
 
     async def _request(self, method: str, path: str, body: JsonObject | None) -> JsonObject:
         attempt = 0
         while True:
             asked = None
             try:
-                async with self._slots:
-                    response = await self._send(method, path, body)
+                response = await self._connections.request(method, path, None if body is None else to_json(body))
                 if response.is_success:
                     return _json(response)
                 failure, asked = _refusal(response), _retry_after(response)
@@ -143,40 +135,6 @@ class Endpoint:
         if asked is not None:
             return min(asked, self.options.max_delay)
         return self._random.uniform(0.5, 1.0) * min(_FIRST_DELAY * 2.0**attempt, self.options.max_delay)
-
-    async def _send(self, method: str, path: str, body: JsonObject | None) -> "httpx.Response":
-        with _translated(), anyio.fail_after(self.options.timeout):
-            return await self._opened().request(method, f"{self.options.base_url}{path}", json=body)
-
-    def _opened(self) -> "httpx.AsyncClient":
-        import httpx
-
-        if self._closed:
-            raise SessionLost("the client is closed")
-        if self._client is None:
-            key = self.options.api_key
-            headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-            limits = httpx.Limits(max_connections=self.options.max_concurrency)
-            self._client = httpx.AsyncClient(headers=headers, timeout=self.options.timeout, limits=limits)
-        return self._client
-
-
-@contextmanager
-def _translated() -> Generator[None, None, None]:
-    """Turn httpx's errors into this project's; their messages may hold addresses, so only their kind is told."""
-    import httpx
-
-    try:
-        yield
-    except (TimeoutError, httpx.TimeoutException) as error:
-        raise TransientBackendError("the service did not answer in time", hint="raise timeout=") from error
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise BackendUserError("base_url cannot be used", hint="write https://host/v1") from error
-    except httpx.HTTPError as error:
-        kind = type(error).__name__
-        raise TransientBackendError(
-            f"the service cannot be reached ({kind})", hint="is it running, and base_url right?"
-        ) from error
 
 
 def _json(response: "httpx.Response") -> JsonObject:

@@ -21,11 +21,11 @@ from crucible_kitchen.errors import (
     ModelNotFound,
     SessionLost,
 )
+from crucible_kitchen.hub_tokenizer import load_tokenizer
 from crucible_kitchen.ports import Tokenizer
 from crucible_kitchen.types import Array, JsonObject, Sampled, SamplingParams
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen_openai.endpoint import Endpoint, EndpointOptions
-from crucible_kitchen_openai.tokenizer import load_tokenizer
 
 __all__ = ["OpenAISampler", "OpenAISamplingClient"]
 

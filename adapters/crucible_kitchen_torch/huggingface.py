@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from crucible_kitchen.errors import CapabilityError, ConfigError, MissingExtra, ModelNotFound
+from crucible_kitchen.hub_tokenizer import HubTokenizer
 from crucible_kitchen.types import ExportedModel, LoraSpec, SessionSpec
 from crucible_kitchen_torch.bases import BaseModels, Loaded, fingerprint
 from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import check_targets
 from crucible_kitchen_torch.models import ModelFacts
 from crucible_kitchen_torch.placement import Placement
-from crucible_kitchen_torch.tokenizers import HFTokenizer
 from crucible_kitchen_torch.unpadded import Joins, padded, positions, unpadded
 from crucible_kitchen_torch.unpadded_hf import separated, use_unpadded
 
@@ -48,7 +48,7 @@ class HuggingFaceModel:
     module: Module
     from_seed = False
 
-    def __init__(self, causal: Any, peft: Any, tokenizer: HFTokenizer, name: str) -> None:
+    def __init__(self, causal: Any, peft: Any, tokenizer: HubTokenizer, name: str) -> None:
         self._name = name
         self.module = causal
         self._causal = causal
@@ -75,7 +75,7 @@ class HuggingFaceModel:
         eos = eos[0] if isinstance(eos, list) and eos else eos
         vocab_size = int(causal.get_input_embeddings().weight.shape[0])
         _check_vocabulary(inner, vocab_size)
-        tokenizer = HFTokenizer(inner, vocab_size, spec.chat_template, eos)
+        tokenizer = HubTokenizer(inner, vocab_size, spec.chat_template, eos)
         peft = _add_lora(causal, spec.lora) if spec.lora is not None else None
         found = cls(causal, peft, tokenizer, spec.model)
         found._base = base
@@ -180,7 +180,7 @@ class HuggingFaceModel:
         return ExportedModel(str(directory), "peft" if self._peft is not None else "transformers", files, self._name)
 
 
-def _facts(causal: Any, tokenizer: HFTokenizer) -> ModelFacts:
+def _facts(causal: Any, tokenizer: HubTokenizer) -> ModelFacts:
     config = causal.config.get_text_config()
     ends = {tokenizer.eos_id}
     generation = getattr(causal, "generation_config", None)

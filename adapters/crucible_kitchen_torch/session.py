@@ -186,6 +186,11 @@ class TorchSession:
         self._drop_open()
         await self._call(lambda: self.turns.one(self.trainer.load, state))
 
+    async def load_weights(self, state: StateRef) -> None:
+        """See ``TrainingSession``."""
+        self._drop_open()
+        await self._call(lambda: self.turns.one(self.trainer.load_weights, state))
+
     async def delete_state(self, state: StateRef) -> None:
         """See ``TrainingSession``."""
         await run_sync(delete_state, self.trainer.directory, state)

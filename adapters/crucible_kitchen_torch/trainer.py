@@ -390,7 +390,6 @@ class Trainer:
         }
         return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}, facts
 
-    @torch.no_grad()
     def load(self, state: StateRef) -> None:
         """Restore a state; nothing is changed unless all of it fits.
 
@@ -398,6 +397,20 @@ class Trainer:
             IntegrityError: its bytes are not those that were saved.
             BackendUserError: it is the state of another model.
         """
+        tensors, facts = self._take_weights(state)
+        self._adam.restore(_below("adam/", tensors))
+        self.rng.restore(_below("rng/", tensors), int(facts["seed"]), int(facts["requests"]))
+        self.position = int(facts["step"])
+
+    def load_weights(self, state: StateRef) -> None:
+        """Take over the weights of a state and begin the optimizer anew; raises as :meth:`load` does."""
+        self._take_weights(state)
+        self._adam.restore({})
+        self.position = 0
+
+    @torch.no_grad()
+    def _take_weights(self, state: StateRef) -> tuple[dict[str, Tensor], JsonObject]:
+        """Take over the weights of a state; return all that it holds."""
         tensors, facts = read_state(state)
         weights = _below("weights/", tensors)
         if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._kept.items()}:
@@ -408,9 +421,7 @@ class Trainer:
         self._freeze_snapshot()
         for n, p in self._kept.items():
             p.copy_(weights[n])
-        self._adam.restore(_below("adam/", tensors))
-        self.rng.restore(_below("rng/", tensors), int(facts["seed"]), int(facts["requests"]))
-        self.position = int(facts["step"])
+        return tensors, facts
 
     def export(self, directory: str) -> ExportedModel:
         """Write the model for use elsewhere.

@@ -56,7 +56,9 @@ class TrainingCapabilities:
         recovery: ``step_token`` (applies index k only at k), ``rollback`` (resume reloads a state) or ``none``.
         ordered_accumulation: gradients are added in the order of ``order``, whatever the order of arrival.
         lora, full_weights: which trainings are possible.
+        session_options: sessions keep LoRA's ``dropout`` and ``targets`` and a ``chat_template``.
         sampling, export: whether ``sampler()`` and ``export()`` work.
+        sampling_options: samplers keep ``mode``, ``raw_logprobs``, ``top_logprobs`` and ``rescore``.
         entropy, value_head, topk_logprobs, full_logits: what losses beyond sampled log-probabilities can use, see
             ``Output``. A session has ``value_head`` only if it was opened with one.
         reference: ``forward(reference=True)`` works in sessions opened with ``reference``.
@@ -73,7 +75,9 @@ class TrainingCapabilities:
     ordered_accumulation: bool = False
     lora: bool = True
     full_weights: bool = False
+    session_options: bool = True
     sampling: bool = True
+    sampling_options: bool = True
     export: bool = True
     entropy: bool = False
     value_head: bool = False
@@ -241,6 +245,14 @@ class TrainingSession(Protocol):
 
         Raises:
             IntegrityError: the stored bytes do not match their hash; the session is unchanged.
+        """
+        ...
+
+    async def load_weights(self, state: StateRef) -> None:
+        """Take over the weights of a saved state and nothing else: the optimizer begins anew, ``position`` becomes 0.
+
+        Raises:
+            IntegrityError: see :meth:`load_state`.
         """
         ...
 

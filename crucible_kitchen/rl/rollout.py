@@ -68,6 +68,7 @@ class RolloutRules:
         attempts: how often a member is rolled out before its fault counts.
         chat: whether prompts are wrapped in the chat template.
         seed: the run's.
+        learned: whether what is sampled is learned from, which needs the model's own log-probabilities of it.
     """
 
     group_size: int
@@ -83,10 +84,15 @@ class RolloutRules:
     attempts: int = 2
     chat: bool = False
     seed: int = 0
+    learned: bool = True
 
     @property
     def processed(self) -> bool:
-        """Whether tokens are drawn from another distribution than the model's own."""
+        """Whether what is learned from is drawn from another distribution than the model's own."""
+        return self.learned and self._shaped
+
+    @property
+    def _shaped(self) -> bool:
         return self.temperature != 1.0 or self.top_p < 1.0 or self.top_k > 0
 
 

@@ -94,18 +94,14 @@ def save_weights(body: JsonObject, index: WeightsIndex) -> Operation:
 
 
 def load_weights(body: JsonObject, index: WeightsIndex) -> Operation:
-    """Restore what was saved."""
+    """Restore what was saved, or only its weights."""
 
     async def run(model: TrainedModel) -> Answer:
         message = parse(m.LoadWeights, body)
-        if not message.optimizer:
-            raise CapabilityError(
-                "this server restores a state whole: weights, optimizer and random state",
-                hint="load with optimizer=true",
-            )
         saved = await run_sync(index.get, message.path)
         await model.drop_step()
-        await model.session.load_state(saved.state)
+        load = model.session.load_state if message.optimizer else model.session.load_weights
+        await load(saved.state)
         position = model.session.position
         return _ready({"type": "load_weights", "path": message.path, "crucible": {"step": position}})
 

@@ -23,8 +23,11 @@ from crucible_kitchen.workers import run_sync
 
 __all__ = ["OpenedModel", "SamplingSession", "draw", "draw_of_batch"]
 
-_LINGER = 0.001
-"""Seconds in which answers that end together are put together."""
+_LINGER = 0.05
+"""Most seconds that an answer waits for others to travel with."""
+
+_SHARE = 0.125
+"""Most of what its drawing took that an answer waits, too: an exchange costs both sides a few milliseconds."""
 
 _MOST = 1 << 25
 """Bytes of answers in one reply, unless one alone has more."""
@@ -73,8 +76,10 @@ class SamplingSession:
         model: in training, whose sampler ``id`` it keeps.
         opened: the model opened for it.
         numbered: the requests, by number.
+        drawing: how many of them have no answer yet.
         answers: those of batches that have ended and were not yet received.
         answered: set when there is another.
+        finished: set when nothing is drawn any more.
     """
 
     id: str
@@ -83,8 +88,11 @@ class SamplingSession:
     model: TrainedModel | None = None
     opened: OpenedModel | None = None
     numbered: "OrderedDict[int, Future]" = field(default_factory=OrderedDict)
+    drawing: int = 0
     answers: dict[int, Future] = field(default_factory=dict)
     answered: anyio.Event = field(default_factory=anyio.Event)
+    finished: anyio.Event = field(default_factory=anyio.Event)
+    linger: float = 0.0
 
     async def sampler(self) -> Sampler:
         """Return the sampler, once it is open.
@@ -113,13 +121,25 @@ class SamplingSession:
         """
         if number is not None and number in self.numbered:
             return self.numbered[number], False
-        if sum(not f.done.is_set() for f in self.numbered.values()) >= 16 * limits.open_calls:
+        if self.drawing >= 16 * limits.open_calls:
             raise CapacityError("too many samples are drawn at once", hint="wait for some")
+        if not self.drawing:
+            self.finished = anyio.Event()
+        self.drawing += 1
         future = futures.create()
         self.numbered[number if number is not None else -1 - len(self.numbered)] = future
         while len(self.numbered) > 32 * limits.open_calls:
             futures.release(self.numbered.popitem(last=False)[1])
         return future, True
+
+    def answer(self, number: int, future: Future, took: float) -> None:
+        """Give an answer to whoever waits for some; ``took`` seconds were needed to draw it."""
+        if not self.answers:
+            self.linger = min(_LINGER, _SHARE * took)
+        self.answers[number] = future
+        self.answered.set()
+        if not self.drawing:
+            self.finished.set()
 
     def receive(self, numbers: Sequence[int], futures: Futures) -> None:
         """Let go of answers that have arrived."""
@@ -129,12 +149,16 @@ class SamplingSession:
                 futures.release(future)
 
     async def gathered(self, seconds: float) -> bytes:
-        """Return the answers that are there, once there is one, as JSON by number; none if there is none in time."""
+        """Return the answers that are there, once there is one, as JSON by number; none if there is none in time.
+
+        The first waits for others as long as :attr:`linger` says, and while others are drawn.
+        """
         if not self.answers:
             self.answered = anyio.Event()
             with anyio.move_on_after(seconds):
                 await self.answered.wait()
-                await anyio.sleep(_LINGER)
+                with anyio.move_on_after(self.linger):
+                    await self.finished.wait()
         told, size = [], 0
         for number, future in self.answers.items():
             told.append(b'"%d":%s' % (number, future.body))
@@ -146,9 +170,9 @@ class SamplingSession:
 
 async def draw_of_batch(session: SamplingSession, number: int, future: Future, body: JsonObject) -> None:
     """Answer one request of a batch."""
+    began = anyio.current_time()
     await draw(session, future, body)
-    session.answers[number] = future
-    session.answered.set()
+    session.answer(number, future, anyio.current_time() - began)
 
 
 async def draw(session: SamplingSession, future: Future, body: JsonObject) -> None:
@@ -159,6 +183,7 @@ async def draw(session: SamplingSession, future: Future, body: JsonObject) -> No
             future.resolve(await _drawn(session, body))
         except Exception as error:  # noqa: BLE001 - told to whoever asked
             future.fail(error)
+    session.drawing -= 1
     if scope.cancelled_caught:
         future.fail(SessionLost("the request was cancelled"))
 

@@ -86,8 +86,8 @@ def _backend_can(training_client: TrainingClient, config: MethodConfig) -> None:
         )
     if config.method in ("on_policy", "gjsd") and not can.sampling:
         raise CapabilityError("the training backend cannot sample from the student", hint="method=off_policy or top_k")
-    if can.step_scale == "none":
-        raise CapabilityError("the training backend cannot scale a step", hint="use another training_client")
+    if config.method in ("on_policy", "gjsd") and config.sampling != "fast" and not can.sampling_options:
+        raise CapabilityError("the training backend samples in its own way", hint="set sampling=fast")
 
 
 def _student_samples(step: int, config: MethodConfig) -> bool:

@@ -77,9 +77,8 @@ async def evaluate_policy(
     """Try held-out problems greedily; where an environment has none, its problems with seeds of their own."""
     held_out = await run_sync(data.source.held_out)
     source = held_out if held_out is not None else data.source
-    rules = replace(
-        data.rules, group_size=1, least=1, horizon=0, temperature=0.0, top_p=1.0, top_k=0, seed=config.seed + 1
-    )
+    greedy = replace(data.rules, temperature=0.0, top_p=1.0, top_k=0, learned=False)
+    rules = replace(greedy, group_size=1, least=1, horizon=0, seed=config.seed + 1)
     roll = roller(replace(data, source=source), policy, session, rules)
     count = min(config.eval_size, await run_sync(lambda: len(source)))
     groups: list[TrajectoryGroup | None] = [None] * count

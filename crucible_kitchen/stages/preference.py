@@ -73,8 +73,6 @@ def _takes_losses(training_client: TrainingClient, config: PreferenceStepConfig)
         raise CapabilityError(
             f"the training backend takes no loss such as {config.loss!r}", hint="use another training_client"
         )
-    if can.step_scale == "none":
-        raise CapabilityError("the training backend cannot scale a step", hint="use another training_client")
 
 
 async def _with_reference_point(loss: KTO, session: TrainingSession, scored: ScoredAnswers, rows: Sequence[int]) -> KTO:

@@ -23,7 +23,7 @@ from crucible_kitchen.rl.rollout import FATAL, Roller, RolloutRules
 from crucible_kitchen.rl.staleness import problem_order
 from crucible_kitchen.rl.standing import Standing
 from crucible_kitchen.rl.trajectories import Ticket, TrajectoryGroup
-from crucible_kitchen.stages.training import local_model, session_spec
+from crucible_kitchen.stages.training import check_weights, local_model, session_spec
 from crucible_kitchen.types import MlpSpec
 from crucible_kitchen.workers import run_sync
 from crucible_kitchen.workflow.run import Run
@@ -102,13 +102,15 @@ async def init_policy_session(
 
 @init_policy_session.validate
 def _policy_can_be_trained(training_client: TrainingClient, config: ReinforcementPartsConfig) -> None:
+    check_weights(training_client, config)
     can = training_client.capabilities
-    if config.lora() is None and not can.full_weights:
-        raise CapabilityError("the training backend cannot train all weights", hint="set lora_rank=16")
-    if config.lora() is not None and not can.lora:
-        raise CapabilityError("the training backend cannot train LoRA adapters", hint="set lora_rank=0")
     if config.model != "mlp" and not can.sampling:
         raise CapabilityError("the training backend cannot sample, so nothing can be rolled out")
+    if config.model != "mlp" and not can.sampling_options and _samples_specially(config):
+        raise CapabilityError(
+            "the training backend samples in its own way, from the model's own distribution",
+            hint="set sampling=fast, temperature=1, top_p=1, top_k=0",
+        )
     if config.model == "mlp" and not can.mlp:
         raise CapabilityError("the training backend has no policy over observations", hint="use training_client=torch")
     if config.advantage == "gae" and not can.value_head:
@@ -124,6 +126,10 @@ def _policy_can_be_trained(training_client: TrainingClient, config: Reinforcemen
         )
     if config.kl_coef and not can.reference:
         raise CapabilityError("kl_coef needs a frozen reference, which the training backend does not keep")
+
+
+def _samples_specially(config: RolloutConfig) -> bool:
+    return config.sampling != "fast" or config.temperature != 1.0 or config.top_p < 1.0 or config.top_k > 0
 
 
 @init_policy_session.validate

@@ -19,6 +19,7 @@ from crucible_kitchen.learner.hyperparams import recommended_learning_rate
 from crucible_kitchen.learner.schedules import learning_rate, warmup_steps
 from crucible_kitchen.ports import BlobStore, ModelRegistry, TrainingClient, TrainingSession
 from crucible_kitchen.stages.data import Batch, EpochBatches, TrainingData, TrainingPlan
+from crucible_kitchen.stages.folding import folded
 from crucible_kitchen.types import (
     BlobRef,
     Datum,
@@ -37,6 +38,7 @@ from crucible_kitchen.workflow.stage import stage
 __all__ = [
     "EpochStats",
     "batches",
+    "check_weights",
     "checkpoint_due",
     "epochs",
     "init_session",
@@ -112,14 +114,27 @@ def _template(value: str | None) -> str | None:
     return Path(value).read_text(encoding="utf-8")
 
 
+def check_weights(training_client: TrainingClient, config: ModelConfig) -> None:
+    """Check that a backend can train the weights that a config names, in the way that it names.
+
+    Raises:
+        CapabilityError: it cannot.
+    """
+    can, lora = training_client.capabilities, config.lora()
+    if lora is None and not can.full_weights:
+        raise CapabilityError("the training backend cannot train all weights", hint="set lora_rank=16")
+    if lora is not None and not can.lora:
+        raise CapabilityError("the training backend cannot train LoRA adapters", hint="set lora_rank=0")
+    asked = [name for name in ("dropout", "targets") if lora is not None and getattr(lora, name)]
+    asked = [f"lora_{name}" for name in asked] + (["chat_template"] if config.chat_template is not None else [])
+    if asked and not can.session_options:
+        raise CapabilityError(f"the training backend cannot be told {', '.join(asked)}", hint="leave it out")
+
+
 @init_session.validate
 def _weights_can_be_trained(training_client: TrainingClient, config: ModelConfig) -> None:
-    can = training_client.capabilities
-    if config.lora() is None and not can.full_weights:
-        raise CapabilityError("the training backend cannot train all weights", hint="set lora_rank=16")
-    if config.lora() is not None and not can.lora:
-        raise CapabilityError("the training backend cannot train LoRA adapters", hint="set lora_rank=0")
-    if can.recovery == "none":
+    check_weights(training_client, config)
+    if training_client.capabilities.recovery == "none":
         raise CapabilityError(
             "the training backend has neither step tokens nor rollback: a run could not survive a crash",
             hint="use another training_client",
@@ -173,6 +188,9 @@ async def take_step(
     """
     index = batch.epoch * plan.steps_per_epoch + batch.index
     rate = step_rate(index, plan.total_steps, config, session.info)
+    if session.capabilities.step_scale != "exact":
+        parts, loss = folded(parts, loss, 1.0 / divisor)
+        divisor = 1.0
     began = anyio.current_time()
     async with session.step(index) as step:
         submitted = [await step.forward_backward(part, loss) for part in parts]
@@ -198,11 +216,8 @@ async def take_step(
 
 @train_step.validate
 def _has_cross_entropy(training_client: TrainingClient) -> None:
-    can = training_client.capabilities
-    if "cross_entropy" not in can.losses:
+    if "cross_entropy" not in training_client.capabilities.losses:
         raise CapabilityError("the training backend has no cross_entropy loss", hint="use another training_client")
-    if can.step_scale == "none":
-        raise CapabilityError("the training backend cannot scale a step", hint="use another training_client")
 
 
 def step_rate(index: int, total: int, config: AdamConfig, info: SessionInfo) -> float:

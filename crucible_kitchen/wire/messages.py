@@ -219,7 +219,7 @@ class SaveWeights(WireMessage):
 
 
 class LoadWeights(WireMessage):
-    """``load_weights``: restore what ``save_weights`` saved."""
+    """``load_weights``: restore what ``save_weights`` saved; without ``optimizer`` only the weights."""
 
     path: str
     optimizer: StrictBool

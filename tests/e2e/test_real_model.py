@@ -86,7 +86,7 @@ def test_it_learns_what_it_could_not_know(trained: Any, losses: list[float]) -> 
 def test_every_token_comes_from_the_models_own_chat_template(trained: Any, model_directory: Path) -> None:
     import transformers
 
-    from crucible_kitchen_torch.tokenizers import HFTokenizer
+    from crucible_kitchen.hub_tokenizer import HubTokenizer
 
     inner = transformers.AutoTokenizer.from_pretrained(model_directory, local_files_only=True)
     rows = split("train")
@@ -96,7 +96,7 @@ def test_every_token_comes_from_the_models_own_chat_template(trained: Any, model
     ]
     assert inner.decode(asked[0]).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
-    rendered = tokenize(rows, HFTokenizer(inner, len(inner), None, inner.eos_token_id), DataConfig(dataset="codes"))
+    rendered = tokenize(rows, HubTokenizer(inner, len(inner), None, inner.eos_token_id), DataConfig(dataset="codes"))
     end = inner.eos_token_id
     for i, (tokens, prompt, row) in enumerate(zip(expected, asked, rows, strict=True)):
         whole = rendered.tokens[rendered.offsets[i] : rendered.offsets[i + 1]].tolist()

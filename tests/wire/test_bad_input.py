@@ -215,8 +215,8 @@ async def test_weights_are_not_overwritten_unless_asked(raw):
     assert "path" in await raw.call("save_weights", model, 3, path="once", overwrite=True)
     missing = f"tinker://{model}/weights/absent"
     assert told(await raw.call("load_weights", model, 4, path=missing, optimizer=True)) == "not_found"
-    partly = f"tinker://{model}/weights/once"
-    assert told(await raw.call("load_weights", model, 5, path=partly, optimizer=False)) == "adapter.capability"
+    without = await raw.call("load_weights", model, 5, path=f"tinker://{model}/weights/once", optimizer=False)
+    assert without["crucible"]["step"] == 0
 
 
 async def test_a_gap_that_never_closes_fails_what_waits_behind_it_and_keeps_the_rest(raw, neighbour):

@@ -157,6 +157,30 @@ async def a_state_restores_the_session_bit_for_bit(case: TrainingClientCase) -> 
 
 
 @TRAINING_CLIENT
+async def weights_without_the_optimizer_begin_a_new_training(case: TrainingClientCase) -> None:
+    """The weights are the state's to the last bit; the next step is the first of a fresh optimizer."""
+    spread = {"beta1": 0.9, "beta2": 0.99}  # moments that are kept would be seen
+    async with case.session() as session:
+        for _ in range(2):
+            await train(session, [batch(session)], case.optimizer(**spread))
+        state = await saved(session, "two")
+        before = await look(session)
+        await train(session, [batch(session, 3)], case.optimizer(**spread))
+        kept = await look(session)
+        await session.load_weights(state)
+        assert session.position == 0, f"position {session.position} after loading weights alone"
+        case.equal(before, await look(session), "weights loaded alone")
+        await train(session, [batch(session, 3)], case.optimizer(**spread))
+        anew = await look(session)
+        assert session.position == 1, f"position {session.position} after the first step"
+        case.moved(kept, anew)
+    async with case.session() as other:
+        await other.load_weights(state)
+        await train(other, [batch(other, 3)], case.optimizer(**spread))
+        case.equal(anew, await look(other), "the first step after loading weights elsewhere")
+
+
+@TRAINING_CLIENT
 async def a_state_restores_the_generator(case: TrainingClientCase) -> None:
     """Samples without a seed go on as they would have."""
     if not (case.client.capabilities.sampling and case.client.capabilities.reproducible):
