@@ -100,17 +100,18 @@ class Connections:
 
     @contextmanager
     def _translated(self) -> Generator[None, None, None]:
-        """Turn httpx's errors into ours; their messages may hold addresses, so only their kind is told."""
+        """Turn httpx's errors into ours; their messages may hold anything, so only their kind is told."""
         import httpx
 
+        place = f"{self.service} at {self.base_url}"
         try:
             yield
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise TransientBackendError(f"{self.service} did not answer in time", hint="raise timeout=") from error
+            raise TransientBackendError(f"{place} did not answer in time", hint="raise timeout=") from error
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise BackendUserError("base_url cannot be used", hint=f"write {self.form}") from error
         except httpx.HTTPError as error:
             raise TransientBackendError(
-                f"{self.service} cannot be reached ({type(error).__name__})",
+                f"{place} cannot be reached ({type(error).__name__})",
                 hint="is it running, and base_url right?",
             ) from error

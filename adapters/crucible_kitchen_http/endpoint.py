@@ -5,6 +5,7 @@ connection, a reply cut short, a server that restarts) is tried again until ``pa
 next: ``crucible_kitchen_http.remote``.
 """
 
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["Endpoint", "EndpointOptions", "accepted"]
 
 R = TypeVar("R")
+_log = logging.getLogger(__name__)
 
 _FORM = "http://host:port"
 _FIRST_DELAY = 0.05
+_SILENT = 2.0  # seconds of failing that are not worth a word
 _LARGE = 1 << 16
 
 
@@ -78,6 +81,7 @@ class Endpoint:
 
     options: EndpointOptions
     _random: random.Random = field(default_factory=random.Random)
+    _told: bool = False
 
     def __post_init__(self) -> None:
         options = self.options
@@ -138,14 +142,24 @@ class Endpoint:
         attempt = 0
         while True:
             try:
-                return await exchange()
+                answer = await exchange()
             except CrucibleError as error:
                 now = anyio.current_time()
                 failing_since = now if failing_since is None else failing_since
                 if not error.retryable or now - failing_since >= allowed:
                     raise
+                self._tell(error, now - failing_since, allowed)
+            else:
+                self._told = False
+                return answer
             await anyio.sleep(self._random.uniform(0.5, 1.0) * min(_FIRST_DELAY * 2.0**attempt, 2.0))
             attempt += 1
+
+    def _tell(self, error: CrucibleError, failing: float, allowed: float) -> None:
+        """Say once that the server is waited for, so that nobody wonders what a run is doing."""
+        if failing >= _SILENT and not self._told:
+            self._told = True
+            _log.warning("%s; trying again, for %g s in all", error.message, allowed)
 
     async def _exchange(self, method: str, path: str, data: bytes | None) -> JsonObject:
         return await _json(await self._fetch(method, path, data))
