@@ -50,12 +50,13 @@ def recommended_learning_rate(info: SessionInfo, *, lora: bool) -> float:
     of 256 the rate is 2e-3 (measured on the built-in ``sums``, see ``docs/benchmarks.md``). Never more than that.
 
     Args:
-        info: the session's facts; ``hidden_size`` is the width.
+        info: the session's facts; ``hidden_size`` is the width, taken as 2048 where a server does not tell it (0).
         lora: whether adapters are trained and not all weights.
     """
-    if info.hidden_size < TINY_WIDTH:
+    width = info.hidden_size or REFERENCE_WIDTH
+    if width < TINY_WIDTH:
         return TINY_RATE
-    rate = FULL_RATE * REFERENCE_WIDTH / info.hidden_size
+    rate = FULL_RATE * REFERENCE_WIDTH / width
     return min(TINY_RATE, rate * (LORA_FACTOR if lora else 1.0))
 
 

@@ -45,7 +45,7 @@ class Future:
 
 
 class Futures:
-    """All futures of a server's life.
+    """All futures of a server's life, of which so many were ``created``.
 
     A fetched result is kept while there is room, so that a reply that was lost can be asked for again. An id from an
     earlier life is answered as lost.
@@ -56,7 +56,7 @@ class Futures:
 
     def __init__(self, keep_bytes: int = 1 << 26) -> None:
         self._life = secrets.token_hex(6)
-        self._next = 0
+        self.created = 0
         self._open: dict[str, Future] = {}
         self._fetched: OrderedDict[str, Future] = OrderedDict()
         self._kept = 0
@@ -64,8 +64,8 @@ class Futures:
 
     def create(self) -> Future:
         """Return a new future."""
-        self._next += 1
-        future = Future(f"{self._life}-{self._next}")
+        self.created += 1
+        future = Future(f"{self._life}-{self.created}")
         self._open[future.id] = future
         return future
 

@@ -86,6 +86,7 @@ class TrainedModel:
         self._applied: Awaitable[Any] | None = None
         self._last_attempt = 0
         self._scope = anyio.CancelScope()
+        self._opened = anyio.Event()
         self.failure: Exception | None = None
         self.closed = anyio.Event()
 
@@ -115,6 +116,18 @@ class TrainedModel:
         self._arrived.set()
         return future
 
+    async def ready(self) -> TrainingSession:
+        """Return the session, once it is open.
+
+        Raises:
+            SessionLost: the model is closed.
+            CrucibleError: it could not be opened.
+        """
+        await self._opened.wait()
+        if self.closed.is_set():
+            raise self.failure or SessionLost("the model is closed", hint="create it again and load its last weights")
+        return self.session
+
     def close(self) -> None:
         """End the model; what it owes is answered as lost."""
         self._scope.cancel()
@@ -125,6 +138,7 @@ class TrainedModel:
             with self._scope:
                 async with self.client.open_session(self.spec) as session:
                     self.session = session
+                    self._opened.set()
                     opened.resolve({"model_id": self.id, "type": "create_model"})
                     async with self._closing_step(), anyio.create_task_group() as group:
                         await self._serve(group)
@@ -132,6 +146,7 @@ class TrainedModel:
             self.failure = error
         finally:
             self.closed.set()
+            self._opened.set()
             end = self.failure or SessionLost("the model was closed")
             opened.fail(end)
             for future in self._numbered.values():

@@ -127,7 +127,7 @@ class SamplingSession:
             self.finished = anyio.Event()
         self.drawing += 1
         future = futures.create()
-        self.numbered[number if number is not None else -1 - len(self.numbered)] = future
+        self.numbered[-futures.created if number is None else number] = future
         while len(self.numbered) > 32 * limits.open_calls:
             futures.release(self.numbered.popitem(last=False)[1])
         return future, True

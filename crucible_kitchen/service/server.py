@@ -172,7 +172,7 @@ class TrainingServer:
     async def get_info(self, body: JsonObject) -> JsonObject:
         """Return facts about a model."""
         model = self._model(body)
-        session = model.session
+        session = await model.ready()
         info, can = asdict(session.info), asdict(session.capabilities)
         can["losses"] = sorted(can["losses"])
         return {
@@ -194,7 +194,7 @@ class TrainingServer:
 
     async def tokenizer(self, model_id: str) -> JsonObject:
         """Return the files of a model's tokenizer, each in base64."""
-        session = self._model({"model_id": model_id}).session
+        session = await self._model({"model_id": model_id}).ready()
         files = await run_sync(session.tokenizer.files)
         return _encoded(files)
 

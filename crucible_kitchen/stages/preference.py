@@ -88,7 +88,7 @@ def _with_rate(config: PreferenceStepConfig, info: SessionInfo) -> PreferenceSte
     if config.learning_rate is not None:
         return config
     usual = recommended_learning_rate(info, lora=info.lora_rank > 0)
-    return config.model_copy(update={"learning_rate": usual / 10 if info.hidden_size >= WIDE else usual})
+    return config.model_copy(update={"learning_rate": usual if 0 < info.hidden_size < WIDE else usual / 10})
 
 
 @stage(writes="dpo_metrics")

@@ -28,6 +28,10 @@ def test_tiny_models_are_trained_from_scratch_and_nothing_takes_a_higher_rate():
         assert recommended_learning_rate(info(hidden_size=hidden), lora=True) <= tiny
 
 
+def test_a_model_whose_width_is_not_told_is_not_taken_for_a_tiny_one():
+    assert recommended_learning_rate(info(hidden_size=0), lora=True) == pytest.approx(2e-4)
+
+
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,

@@ -242,6 +242,45 @@ async def test_requests_run_in_the_order_of_their_numbers_once_each(raw):
     assert steps == [1, 2]
 
 
+async def test_a_model_that_is_still_being_opened_is_waited_for(raw):
+    session = (await raw.post("create_session", {}))[1]["session_id"]
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "toy", "lora_config": {"rank": 2}}
+    await raw.post("create_model", body)
+    status, told_of = await raw.post("get_info", {"model_id": f"{session}:train:0"})
+    assert (status, told_of["lora_rank"]) == (200, 2)
+
+
+async def test_a_question_for_a_result_is_held_and_then_to_be_asked_again(tmp_path):
+    assert Limits().hold <= 35
+    patient = Limits(gap=600.0, hold=0.05)
+    with RunningServer("toy", tmp_path / "patient", "a-key", limits=patient, adapter="noop") as running:
+        async with httpx.AsyncClient(timeout=10) as http:
+            raw = Raw(running.url, http)
+            model = await raw.model()
+            early = {"model_id": model, "seq_id": 2, "adam_params": {}}
+            taken = (await raw.post("optim_step", early))[1]
+            for _ in range(2):
+                status, answer = await raw.post("retrieve_future", {"request_id": taken["request_id"]})
+                assert (status, answer["type"], answer["request_id"]) == (408, "try_again", taken["request_id"])
+            assert "metrics" in await raw.call("forward_backward", model, 1, **gradient(data()))
+            assert (await raw.result(taken))["crucible"]["step"] == 1
+
+
+async def test_samples_without_numbers_are_requests_of_their_own(raw):
+    session = (await raw.post("create_session", {}))[1]["session_id"]
+    opening = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "toy"}
+    name = (await raw.post("create_sampling_session", opening))[1]["sampling_session_id"]
+    body = {
+        "sampling_session_id": name,
+        "prompt": {"chunks": [{"tokens": [1, 2]}]},
+        "sampling_params": {"max_tokens": 2, "seed": 1},
+    }
+    taken = [(await raw.post("asample", body))[1] for _ in range(3)]
+    assert len({each["request_id"] for each in taken}) == 3
+    answers = [(await raw.result(each))["sequences"][0]["tokens"] for each in taken]
+    assert answers == [answers[0]] * 3
+
+
 async def test_a_body_over_the_limit_is_refused_whether_its_length_is_told_or_not(raw, neighbour):
     large = b'{"a": "' + b"x" * LIMITS.body + b'"}'
     status, answer = await raw.post("create_session", large)
@@ -312,6 +351,17 @@ async def test_the_client_tells_a_wrong_key_url_model_and_server_apart(strict, r
     await sampling.aclose()
 
 
+async def test_a_client_says_once_that_it_waits_for_its_server(strict, caplog, monkeypatch):
+    monkeypatch.setattr("crucible_kitchen_http.endpoint._SILENT", 0.0)
+    client = HttpTrainingClient(base_url="http://127.0.0.1:9", patience=0.3)
+    with pytest.raises(TransientBackendError):
+        await opened(client)
+    await client.aclose()
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [
+        "the training server at http://127.0.0.1:9 cannot be reached"
+    ]
+
+
 async def test_what_the_wire_cannot_say_is_refused_before_a_call(strict):
     client = HttpTrainingClient(base_url=strict.url, api_key="a-key")
     with pytest.raises(CapabilityError):
@@ -323,11 +373,11 @@ async def test_what_the_wire_cannot_say_is_refused_before_a_call(strict):
 async def test_a_call_that_cannot_be_submitted_poisons_the_session(strict, tmp_path):
     client = HttpTrainingClient(base_url=strict.url, api_key="a-key", patience=0.2)
     async with client.open_session(SessionSpec("toy", LoraSpec(2), 0, str(tmp_path))) as session:
-        real = client._endpoint.options.base_url
-        object.__setattr__(client._endpoint.options, "base_url", "http://127.0.0.1:9")
+        real = client._endpoint._connections.base_url
+        client._endpoint._connections.base_url = "http://127.0.0.1:9"
         with pytest.raises(TransientBackendError):
             await (await session.forward([datum(session, 1)]))
-        object.__setattr__(client._endpoint.options, "base_url", real)
+        client._endpoint._connections.base_url = real
         with pytest.raises(SessionLost, match="could not be submitted"):
             await (await session.forward([datum(session, 1)]))
     await client.aclose()

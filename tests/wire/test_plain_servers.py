@@ -107,7 +107,15 @@ async def test_a_server_without_extensions_saves_loads_and_samples(plain):
     await client.aclose()
 
 
-UNEVEN = {"model": "toy", "dataset": "sums", "dataset_size": 14, "batch_size": 4, "eval_size": 2, "lora_rank": 2}
+UNEVEN = {
+    "model": "toy",
+    "dataset": "sums",
+    "dataset_size": 14,
+    "batch_size": 4,
+    "eval_size": 2,
+    "lora_rank": 2,
+    "learning_rate": 0.01,
+}
 LETTERS = {
     "model": "toy",
     "lora_rank": 2,

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.anyio
 UNEVEN = {"model": "toy", "dataset": "sums", "dataset_size": 14, "batch_size": 4, "eval_size": 2, "learning_rate": 0.05}
 RUNS = {
     "supervised": ("supervised", {}, TrainingStep),
-    "micro-batches": ("supervised", {"micro_batch_size": 3}, TrainingStep),
+    "accumulated": ("supervised", {"gradient_accumulation": 2, "batch_size": 2}, TrainingStep),
     "preference": ("preference", {}, DpoStep),
     "distillation": ("distillation", {"method": "off_policy", "teacher": "toy"}, DistillationStep),
     "outputs": ("distillation", {"method": "top_k", "teacher": "toy"}, DistillationStep),
