@@ -6,6 +6,7 @@ Possible wherever the whole batch is known first. Knows losses, no session. Read
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from crucible_kitchen.types import (
 )
 
 __all__ = ["folded"]
+
+L = TypeVar("L", Loss, OutputsLoss)
 
 
 def folded(
@@ -44,10 +47,10 @@ def _weighted(datum: Datum, scale: float) -> Datum:
 
 
 @dataclass(frozen=True)
-class _ScaledLoss:
-    """A loss of log-probabilities, times a number."""
+class _Scaled(Generic[L]):
+    """A loss, times a number."""
 
-    inner: Loss
+    inner: L
     scale: float
 
     @property
@@ -57,26 +60,18 @@ class _ScaledLoss:
     @property
     def group(self) -> int:
         return self.inner.group
+
+
+class _ScaledLoss(_Scaled[Loss]):
+    """A loss of log-probabilities, times a number."""
 
     def __call__(self, logprobs: Sequence[Float64Array], loss_inputs: Sequence[Mapping[str, Array]], /) -> LossValue:
         value = self.inner(logprobs, loss_inputs)
         return LossValue(value.total * self.scale, [d * self.scale for d in value.d_logprobs], value.metrics)
 
 
-@dataclass(frozen=True)
-class _ScaledOutputsLoss:
+class _ScaledOutputsLoss(_Scaled[OutputsLoss]):
     """A loss of outputs, times a number."""
-
-    inner: OutputsLoss
-    scale: float
-
-    @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def group(self) -> int:
-        return self.inner.group
 
     @property
     def reads(self) -> frozenset[Output]:
