@@ -3,9 +3,11 @@
 import anyio
 import pytest
 
-from crucible_kitchen.types import SamplingParams, SessionSpec
+from crucible_kitchen.types import LoraSpec, SamplingParams, SessionSpec
 from crucible_kitchen_http import HttpTrainingClient
 from crucible_kitchen_http.remote import RemoteModel
+from crucible_kitchen_torch.decoding import Decoding
+from crucible_kitchen_torch.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -54,3 +56,25 @@ async def test_who_waits_goes_on_when_the_one_that_asked_for_all_is_cancelled(cl
         assert set(found) >= {1, 2, 4, 5}
         again = await sampler.sample([49, 43], SamplingParams(max_tokens=8, seed=4))
         assert again[0].tokens.tolist() == found[4]
+
+
+@pytest.mark.parametrize("extensions", [True, False])
+async def test_samples_that_are_asked_for_at_once_are_decoded_together(extensions, server, tmp_path, monkeypatch):
+    together = []
+    advance = Decoding.advance
+
+    def counted(decoding):
+        together.append(len(decoding.jobs))
+        return advance(decoding)
+
+    monkeypatch.setattr(Decoding, "advance", counted)
+    client = HttpTrainingClient(base_url=server.url, api_key="a-key", extensions=extensions, tokenizer=ByteTokenizer())
+    async with client.open_session(SessionSpec("tiny", LoraSpec(4), 0, str(tmp_path))) as session:
+        sampler = await session.sampler()
+        async with anyio.create_task_group() as group:
+            for seed in range(8):
+                group.start_soon(sampler.sample, [49, 43], SamplingParams(max_tokens=48, seed=seed))
+    await client.aclose()
+    if extensions:
+        assert together[0] == 8, "what came in one body is decoded from its first token on"
+    assert max(together) > 1
