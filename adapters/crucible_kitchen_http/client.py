@@ -18,7 +18,7 @@ from crucible_kitchen.ports import Tokenizer
 from crucible_kitchen.ports.training_client import TrainingCapabilities, TrainingSession
 from crucible_kitchen.types import JsonObject, SessionInfo, SessionSpec
 from crucible_kitchen.workers import Submissions, run_sync
-from crucible_kitchen_http.endpoint import Endpoint, EndpointOptions
+from crucible_kitchen_http.endpoint import Endpoint, EndpointOptions, beat
 from crucible_kitchen_http.remote import RemoteModel
 from crucible_kitchen_http.sampler import HttpSampler
 from crucible_kitchen_http.session import HttpSession
@@ -108,7 +108,7 @@ class HttpTrainingClient:
             _check_spec(spec, extended=self._extensions)
             await remote.create()
             async with Submissions() as submissions, anyio.create_task_group() as beating:
-                beating.start_soon(remote.beat)
+                beating.start_soon(beat, self._endpoint, lambda: remote.session_id)
                 session = await self._session(remote, submissions, spec)
                 try:
                     yield session
@@ -190,14 +190,23 @@ class HttpSamplingClient:
         )
         extended = isinstance(opened.get("crucible"), dict)
         weights = {"model_path" if model.startswith("tinker://") else "base_model": model}
-        body = {"session_id": opened.get("session_id"), "sampling_session_seq_id": 0, **weights}
+        session_id = str(opened.get("session_id"))
+        body = {"session_id": session_id, "sampling_session_seq_id": 0, **weights}
         told = await self._endpoint.post("create_sampling_session", body | {"type": "create_sampling_session"})
         name, step = str(told.get("sampling_session_id")), int((told.get("crucible") or {}).get("step", 0))
         sampler = HttpSampler(self._endpoint, name, await self._load(name, model, extended), step, extended=extended)
-        try:
-            yield sampler
-        finally:
-            await sampler.aclose()
+        failure: Exception | None = None
+        async with anyio.create_task_group() as beating:
+            beating.start_soon(beat, self._endpoint, lambda: session_id)
+            try:
+                yield sampler
+            except Exception as error:  # noqa: BLE001 - raised below: a task group would wrap it
+                failure = error
+            finally:
+                await sampler.aclose()
+            beating.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _load(self, name: str, model: str, extended: bool) -> Tokenizer:
         if extended:

@@ -33,7 +33,7 @@ from crucible_kitchen.workers import run_sync
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Endpoint", "EndpointOptions", "accepted"]
+__all__ = ["Endpoint", "EndpointOptions", "accepted", "beat"]
 
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ _FORM = "http://host:port"
 _FIRST_DELAY = 0.05
 _SILENT = 2.0  # seconds of failing that are not worth a word
 _LARGE = 1 << 16
+_BEAT = 10.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,16 @@ class Endpoint:
         if response.is_success or response.status_code == 408:
             return response.content
         raise _refusal(response)
+
+
+async def beat(endpoint: Endpoint, session_id: Callable[[], str]) -> None:
+    """Tell a server again and again that the client of a session lives; which session that is may change."""
+    while True:
+        await anyio.sleep(_BEAT)
+        try:
+            await endpoint.post("session_heartbeat", {"session_id": session_id()}, patience=0.0)
+        except CrucibleError:
+            continue  # the next call will find out what it is
 
 
 def accepted(answer: JsonObject) -> JsonObject:

@@ -291,15 +291,6 @@ class RemoteModel:
         if any(state.uri == doomed.uri for doomed in self._doomed):
             raise NotFoundError(f"the state {state.uri!r} was deleted")
 
-    async def beat(self) -> None:
-        """Tell the server again and again that its client lives."""
-        while True:
-            await anyio.sleep(10.0)
-            try:
-                await self.endpoint.post("session_heartbeat", {"session_id": self.session_id}, patience=0.0)
-            except CrucibleError:
-                continue  # the next call will find out what it is
-
     async def close(self) -> None:
         """Free the model on the server, if it can be reached at once."""
         if self.model_id:

@@ -1,10 +1,14 @@
 """What the client does by itself: states in between, requests put together."""
 
+import threading
+
 import anyio
 import pytest
 
+from crucible_kitchen.service.server import TrainingServer
+from crucible_kitchen.testing.training_server import RunningServer
 from crucible_kitchen.types import LoraSpec, SamplingParams, SessionSpec
-from crucible_kitchen_http import HttpTrainingClient
+from crucible_kitchen_http import HttpSamplingClient, HttpTrainingClient
 from crucible_kitchen_http.remote import RemoteModel
 from crucible_kitchen_torch.decoding import Decoding
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
@@ -78,3 +82,27 @@ async def test_samples_that_are_asked_for_at_once_are_decoded_together(extension
     if extensions:
         assert together[0] == 8, "what came in one body is decoded from its first token on"
     assert max(together) > 1
+
+
+class Listening(TrainingServer):
+    """Notes that somebody's client lives."""
+
+    heard = threading.Event()
+
+    def heartbeat(self, body):
+        self.heard.set()
+        return super().heartbeat(body)
+
+
+async def test_the_server_is_told_that_a_sampler_of_saved_weights_is_still_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr("crucible_kitchen.testing.training_server.TrainingServer", Listening)
+    monkeypatch.setattr("crucible_kitchen_http.endpoint._BEAT", 0.01)
+    with RunningServer("toy", tmp_path / "listening", adapter="noop") as running:
+        client = HttpSamplingClient(base_url=running.url)
+        async with client.open_sampler("toy") as sampler:
+            assert await anyio.to_thread.run_sync(Listening.heard.wait, 10)
+            assert len(await sampler.sample([1], SamplingParams(max_tokens=1))) == 1
+        with pytest.raises(ZeroDivisionError):
+            async with client.open_sampler("toy"):
+                raise ZeroDivisionError
+        await client.aclose()
