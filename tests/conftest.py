@@ -1,22 +1,31 @@
 """Fixtures that every test has: the async backend, a home of its own, and a guard against anything left behind."""
 
+import functools
 import gc
+import inspect
 import os
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import anyio
 import pytest
-
-IDLE = ("AnyIO worker thread", "Trio thread", "asyncio_", "ThreadPoolExecutor")
-"""Pool threads that run nobody's code; they are kept for the next call."""
-
 
 PATIENCE = 5.0
 """Seconds that what was closed gets to be gone."""
+
+POOL = {"threading", "queue", "anyio._backends._asyncio", "concurrent.futures.thread", "trio._core._thread_cache"}
+"""Modules in which an idle thread of a pool waits for its next call."""
+
+WAITING = {"wait", "_worker", "_work"}
+"""The functions of theirs that it stands in."""
 
 
 @pytest.fixture
@@ -33,18 +42,28 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Temporary folders of a test stand in a place of their own, where nobody else's are taken for them."""
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Temporary folders stand in a place of these tests' own, where nobody else's are taken for them."""
     place = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(place))
         patch.setenv("TMPDIR", str(place))
-        yield
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torch")))  # torch makes it, for all tests
+        yield place
 
 
 def _threads() -> set[str]:
-    return {f"{t.name} ({t.ident})" for t in threading.enumerate() if not t.name.startswith(IDLE)}
+    """Return the threads that run somebody's code."""
+    frames = sys._current_frames()
+    running = [t for t in threading.enumerate() if t.ident in frames and not _idle(frames[t.ident])]
+    return {f"{t.name} ({t.ident})" for t in running}
+
+
+def _idle(frame: FrameType) -> bool:
+    """Return whether a thread of a pool waits for its next call, given the innermost frame that it stands in."""
+    within = {outer.f_globals.get("__name__") for outer, _ in traceback.walk_stack(frame)}
+    return within <= POOL and frame.f_code.co_name in WAITING
 
 
 def _children() -> set[str]:
@@ -68,10 +87,6 @@ def _sockets() -> set[str]:
     return found
 
 
-def _folders() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if "crucible" in name}
-
-
 def _gone(look: Callable[[], set[str]], before: set[str]) -> set[str]:
     """Return what is still there of what came since; the other side of what was closed gets a moment to end."""
     end = time.monotonic() + PATIENCE
@@ -82,15 +97,44 @@ def _gone(look: Callable[[], set[str]], before: set[str]) -> set[str]:
 
 
 @pytest.fixture
-def nothing_is_left_behind(own_temporary_folder: None) -> Iterator[None]:
-    """Whatever a test starts is gone when it ends: threads, child processes, sockets, temporary folders.
+def threads_of_others() -> tuple[str, ...]:
+    """Names of threads that come up during a test and are not the test's; who shares a server overrides this."""
+    return ("tqdm_monitor",)
 
-    For suites whose tests share no server: its side of a connection closes when it likes. Tasks are held to it where
-    runs are driven by hand. What fixtures of a wider scope opened before is not the test's.
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(temporary_folder: Path, threads_of_others: tuple[str, ...]) -> Iterator[None]:
+    """Whatever a test starts is gone when it ends: running threads, child processes, sockets, temporary folders.
+
+    What fixtures of a wider scope opened before is not the test's.
     """
-    looks = {"threads": _threads, "processes": _children, "sockets": _sockets, "folders": _folders}
+    looks: dict[str, Callable[[], set[str]]] = {
+        "threads": lambda: {name for name in _threads() if not name.startswith(threads_of_others)},
+        "processes": _children,
+        "sockets": _sockets,
+        "temporary folders": lambda: set(os.listdir(temporary_folder)),
+    }
     before = {what: look() for what, look in looks.items()}
     yield
     for what, look in looks.items():
         left = _gone(look, before[what])
         assert not left, f"{what} left behind: {sorted(left)}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Let no coroutine of a test end before the tasks that it started."""
+    if inspect.iscoroutinefunction(pyfuncitem.obj):
+        pyfuncitem.obj = _without_tasks_left(pyfuncitem.obj)
+    return (yield)
+
+
+def _without_tasks_left(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def held(**arguments: Any) -> None:
+        before = {task.id for task in anyio.get_running_tasks()}
+        await test(**arguments)
+        left = [task for task in anyio.get_running_tasks() if task.id not in before]
+        assert not left, f"tasks left behind: {left}"
+
+    return held

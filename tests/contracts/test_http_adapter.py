@@ -37,6 +37,12 @@ def torch_server(tmp_path_factory):
         yield server
 
 
+@pytest.fixture
+def threads_of_others():
+    """The server's executor, which all tests share."""
+    return ("torch",)
+
+
 @pytest.mark.parametrize("kind", LORA)
 @pytest.mark.parametrize("check", contracts.TRAINING_CLIENT, ids=contracts.name)
 async def test_training_client(check, kind, torch_server, tmp_path):

@@ -40,8 +40,3 @@ def config() -> dict[str, Any]:
 def kitchen(home: Path) -> Kitchen:
     """A closed kitchen on noop adapters."""
     return Kitchen(NOOP, home=home)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(nothing_is_left_behind: None) -> None:
-    """Hold every run to it."""

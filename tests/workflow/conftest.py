@@ -84,8 +84,3 @@ def run_workflow(log: Log, tmp_path: Path) -> Runner:
             assert not left, f"tasks left behind: {left}"
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(nothing_is_left_behind: None) -> None:
-    """Every run of ``run_workflow`` is held to its tasks besides."""
