@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec
 
@@ -25,7 +24,7 @@ from crucible_kitchen.errors import (
     RunNotReproducible,
     WorkflowError,
 )
-from crucible_kitchen.redaction import redacted, without_values
+from crucible_kitchen.redaction import message_of, redacted
 
 __all__ = [
     "BAD_USAGE",
@@ -157,7 +156,9 @@ def failure_json(facts: Mapping[str, Any], *, run_id: str | None = None, status:
 def report(error: CrucibleError, *, debug: bool) -> None:
     """Tell people of an error; with ``debug`` also where it was raised."""
     if debug:
-        say(redacted("".join(traceback.format_exception(error)).rstrip()))
+        from crucible_kitchen.workflow.failures import traceback_of
+
+        say(redacted(f"Traceback, without data:\n{traceback_of(error)}"))
     for line in error_lines(error_facts(error), getattr(error, "problems", ())):
         say(line)
 
@@ -203,7 +204,7 @@ def known_error(error: BaseException) -> CrucibleError:
     if isinstance(error, CrucibleError):
         return error
     told = CrucibleError(
-        f"{type(error).__name__}: {without_values(str(error))}",
+        f"{type(error).__name__}: {message_of(error)}",
         hint="run it again with --debug to see where it happened",
     )
     told.__cause__ = error

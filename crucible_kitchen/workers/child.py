@@ -55,9 +55,11 @@ def _outcome(functions: dict[str, Callable[..., Any]], path: str, arguments: lis
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
+    from crucible_kitchen.redaction import message_of
+
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return {"error": type(error).__name__, "message": str(error)[:300], "place": place}
+    return {"error": type(error).__name__, "message": message_of(error)[:300], "place": place}
 
 
 def resolve(path: str) -> Callable[..., Any]:

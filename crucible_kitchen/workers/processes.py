@@ -21,7 +21,7 @@ import anyio.to_thread
 from anyio.streams.buffered import BufferedByteReceiveStream
 
 from crucible_kitchen.errors import WorkerDied, WorkerRaised, WorkerTimeout
-from crucible_kitchen.redaction import without_values
+from crucible_kitchen.redaction import redacted
 from crucible_kitchen.types import Json
 from crucible_kitchen.waits import waiting
 from crucible_kitchen.workers import child
@@ -110,7 +110,7 @@ class ProcessLane:
                 hint="raise the time limit if it only needs longer",
             ) from None
         if "error" in answer:
-            place, said = f" at {answer['place']}" if answer["place"] else "", without_values(answer["message"])
+            place, said = f" at {answer['place']}" if answer["place"] else "", redacted(answer["message"])
             raise WorkerRaised(f"{function} raised {answer['error']}{place}: {said}", answer["error"])
         return answer["result"]
 

@@ -3,15 +3,16 @@
 Pure functions over exceptions; it knows no stage and no run. Read next: ``crucible_kitchen.workflow.engine``.
 """
 
-from collections.abc import Sequence
-from traceback import walk_tb
+from collections.abc import Iterator, Sequence
+from traceback import format_tb, walk_tb
+from types import TracebackType
 
 import anyio
 
 from crucible_kitchen.errors import CrucibleError, StageFailed
-from crucible_kitchen.redaction import without_values
+from crucible_kitchen.redaction import message_of
 
-__all__ = ["as_ours", "cause_of", "first_of", "note", "reacts_to_cancel", "says", "trace"]
+__all__ = ["as_ours", "cause_of", "first_of", "note", "reacts_to_cancel", "says", "trace", "traceback_of"]
 
 _SHOWN = 300
 _CAUSES = 6
@@ -20,8 +21,8 @@ _FRAMES = 12
 
 
 def says(error: BaseException) -> str:
-    """Return an error as one short line: its type and the beginning of its message, without values that it quotes."""
-    text = str(error) if isinstance(error, CrucibleError) else without_values(str(error))
+    """Return an error as one short line: its type and the beginning of its message, without data that it tells."""
+    text = str(error) if isinstance(error, CrucibleError) else message_of(error)
     shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
@@ -32,18 +33,33 @@ def trace(error: BaseException) -> list[str]:
     Each error is a line with its type, followed by its innermost frames as ``  module:function:line``; causes follow.
     """
     lines: list[str] = []
+    for at, way in _causes(error):
+        frames = [
+            f"  {frame.f_globals.get('__name__', '?')}:{frame.f_code.co_qualname}:{line}"
+            for frame, line in walk_tb(way)
+        ]
+        lines += [type(at).__name__, *frames[-_FRAMES:]]
+    return lines
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an error and of its causes as Python shows it, but without data in the messages."""
+    parts = []
+    for at, way in _causes(error):
+        notes = getattr(at, "__notes__", ()) if isinstance(at, CrucibleError) else ()
+        parts.append("".join([*format_tb(way), "\n".join([says(at), *notes])]))
+    return "\n\nbecause of:\n".join(parts)
+
+
+def _causes(error: BaseException) -> Iterator[tuple[BaseException, TracebackType | None]]:
+    """Yield an error and its causes, each with its traceback; of a group the member that is reported."""
     at: BaseException | None = error
     for _ in range(_CAUSES):
         if at is None:
-            break
-        at = first_of(at)
-        frames = [
-            f"  {frame.f_globals.get('__name__', '?')}:{frame.f_code.co_qualname}:{line}"
-            for frame, line in walk_tb(at.__traceback__)
-        ]
-        lines += [type(at).__name__, *frames[-_FRAMES:]]
+            return
+        group, at = at, first_of(at)
+        yield at, at.__traceback__ or group.__traceback__
         at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
-    return lines
 
 
 def as_ours(error: BaseException, path: str) -> CrucibleError:

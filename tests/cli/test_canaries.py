@@ -24,6 +24,7 @@ from crucible_kitchen_openai import OpenAISamplingClient
 
 SECRET = "sk-canary-0451-do-not-tell"
 ROW = "the canary pelican sings"
+WORD = "pelican"
 
 FLOWS = '''
 """A user's stages that fail in the worst way: with what they know in the message."""
@@ -81,14 +82,48 @@ async def complain() -> None:
         raise RuntimeError(f"row {[ROW]!r} is bad") from error
 
 
-from crucible_kitchen import Run  # noqa: E402
+@stage()
+async def tell_it_plainly() -> None:
+    raise RuntimeError(f"the row {ROW} is bad")
 
+
+@stage()
+async def read_a_word() -> None:
+    float(ROW.split()[2])
+
+
+@stage()
+async def say_it_all() -> None:
+    raise LookupError(ROW)
+
+
+@stage()
+async def fail_in_company() -> None:
+    raise ExceptionGroup("two rows", [RuntimeError(ROW), ValueError(f"and {ROW}")])
+
+
+from crucible_kitchen import Run  # noqa: E402
+from crucible_kitchen.workflows.reinforcement import reinforcement  # noqa: E402
+from crucible_kitchen.workflows.supervised import supervised  # noqa: E402
+
+
+@stage()
+async def stumble(run: Run) -> None:
+    """Fail once, over a row."""
+    fell = run.directory / "fell"
+    if max(run.turns.values()) == 2 and not fell.exists():
+        fell.touch()
+        raise RuntimeError(f"stumbled over {ROW}")
+
+
+stumbling = supervised.insert_after("log_step", stumble)
+learning = reinforcement.insert_after("log_rl_metrics", stumble)
 for _stage in (ask, tell_the_key, tell_the_key_as_ours, warn_the_key, read_a_number, look_up, validate_a_row,
-               complain):
+               complain, tell_it_plainly, read_a_word, say_it_all, fail_in_company):
     globals()["w_" + _stage.name] = Workflow("w_" + _stage.name, _stage)
 '''
 
-QUOTING = ["read_a_number", "look_up", "validate_a_row", "complain"]
+TELLING = ["read_a_number", "look_up", "validate_a_row", "complain", "tell_it_plainly", "read_a_word", "say_it_all"]
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -128,7 +163,8 @@ def canaries(cli: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "flows.py").write_text(FLOWS, encoding="utf-8")
     rows = [{"prompt": f"{ROW} question {i}", "completion": f"{ROW} answer {i}"} for i in range(24)]
     pairs = [{"prompt": f"{ROW} {i}", "chosen": f"{ROW} good {i}", "rejected": f"{ROW} bad {i}"} for i in range(24)]
-    for name, made in (("rows", rows), ("pairs", pairs), ("broken", [*rows, {"prompt": ROW}])):
+    sums = [{"problem": f"{ROW} {i}", "answer": f"{ROW} {i}"} for i in range(24)]
+    for name, made in (("rows", rows), ("pairs", pairs), ("broken", [*rows, {"prompt": ROW}]), ("sums", sums)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     (tmp_path / "torn.jsonl").write_text(json.dumps(rows[0]) + '\n{"prompt": "' + ROW + "\n", encoding="utf-8")
     (tmp_path / "kinds.jsonl").write_text(json.dumps({"prompt": {"a": [ROW]}, "completion": ROW}) + "\n", "utf-8")
@@ -142,7 +178,8 @@ def canaries(cli: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     yield call
     told = "".join(said)
-    for canary in (SECRET, ROW):
+    told += "".join(path.read_text(encoding="utf-8") for path in tmp_path.glob("events.jsonl"))
+    for canary in (SECRET, ROW, WORD):
         assert canary not in told
         shapes = [canary.encode(form) for form in ("utf-8", "utf-16-le")]
         for path in home.rglob("*"):
@@ -193,10 +230,10 @@ def test_a_sampling_service_that_tells_the_key_back_is_not_quoted(canaries: Any,
     canaries("show", canaries("runs", "--json").json[0]["run_id"])
 
 
-@pytest.mark.parametrize("name", ["tell_the_key", "tell_the_key_as_ours"])
-def test_a_stage_that_tells_the_key_of_an_adapter_tells_stars(canaries: Any, service: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "hidden"), [("tell_the_key", "..."), ("tell_the_key_as_ours", "***")])
+def test_a_stage_that_tells_the_key_of_an_adapter_does_not(canaries: Any, service: Any, name: str, hidden: str) -> None:
     ended = canaries("run", f"flows.py:w_{name}", *judged(service), "--debug", code=1)
-    assert "***" in ended.err
+    assert f"key {hidden}" in ended.err
     canaries("show", canaries("runs", "--json").json[0]["run_id"])
 
 
@@ -212,9 +249,10 @@ def test_an_option_that_an_adapter_refuses_is_not_quoted(canaries: Any, service:
     canaries("run", "flows.py:w_ask", *judged(service), code=1)
 
 
-@pytest.mark.parametrize("name", QUOTING)
-def test_a_message_that_quotes_a_row_is_told_without_it_and_with_its_place(canaries: Any, name: str) -> None:
-    ended = canaries("run", f"flows.py:w_{name}", "--json", code=1)
+@pytest.mark.parametrize("name", [*TELLING, "fail_in_company"])
+def test_a_message_that_tells_a_row_is_told_without_it_and_with_its_place(canaries: Any, name: str) -> None:
+    ended = canaries("run", f"flows.py:w_{name}", "--json", "--debug", "--jsonl", "events.jsonl", code=1)
+    assert f", in {name}" in ended.err
     assert "..." in ended.json["error"]["message"]
     (error,) = [row for row in canaries("events", "--json").json if row["event"] == "stage.error"]
     assert any(f":{name}:" in line for line in error["traceback"])
@@ -235,6 +273,26 @@ def test_a_run_over_rows_keeps_none_of_them(canaries: Any, workflow: str, datase
     run = canaries("run", workflow, "model=any", f"dataset={dataset}.jsonl", *small, *options, *noop, "--json").json
     canaries("show", run["run_id"])
     canaries("compare", run["run_id"], run["run_id"])
+
+
+@pytest.mark.parametrize(
+    ("workflow", "options"),
+    [
+        ("stumbling", ["dataset=rows.jsonl", "batch_size=4", "epochs=2", "save_every=2", "eval_size=4"]),
+        ("learning", ["env=math:sums.jsonl", "group_size=2", "groups_per_batch=2", "num_rollouts=4", "save_every=1"]),
+    ],
+)
+def test_a_run_that_stumbles_over_a_row_and_goes_on_keeps_none(
+    canaries: Any, workflow: str, options: list[str]
+) -> None:
+    told = ["--json", "--debug", "--jsonl", "events.jsonl"]
+    noop = ["--adapter", "training_client=noop"]
+    failed = canaries("run", f"flows.py:{workflow}", "model=any", *options, *noop, *told, code=1)
+    assert failed.json["error"]["message"].startswith("RuntimeError: stumbled over ")
+    done = canaries("resume", failed.json["run_id"], *told)
+    assert done.json["status"] == "completed"
+    for look in (["show"], ["show", "--json"], ["events"], ["events", "--json"]):
+        canaries(look[0], done.json["run_id"], *look[1:])
 
 
 def test_the_torch_executor_keeps_no_row(canaries: Any) -> None:
@@ -258,7 +316,7 @@ def test_rows_that_cannot_be_used_are_told_by_their_place(canaries: Any, dataset
     canaries("events")
 
 
-def test_a_text_is_told_without_what_it_quotes_but_with_names() -> None:
+def test_a_text_about_options_is_told_without_what_it_quotes_but_with_names() -> None:
     assert (
         without_values("could not convert string to float: 'two words'") == "could not convert string to float: '...'"
     )

@@ -32,7 +32,7 @@ def say(text: str) -> str:
 
 
 def fail(message: str) -> None:
-    raise ValueError(message)
+    raise ValueError(f"it says {message}")
 
 
 def leave() -> None:

@@ -32,7 +32,7 @@ async def failure_of(run_workflow: Any, *nodes: Any) -> CrucibleError:
 
 async def test_a_foreign_error_becomes_ours_with_place_cause_and_traceback(run_workflow: Any) -> None:
     error = await failure_of(run_workflow, raises(KeyError("x")))
-    assert (type(error), error.where, error.message) == (StageFailed, "w/step", "KeyError: 'x'")
+    assert (type(error), error.where, error.message) == (StageFailed, "w/step", "KeyError: ...")
     assert isinstance(error.__cause__, KeyError)
     assert "raise error" in "".join(traceback.format_exception(error.__cause__))
 
@@ -53,7 +53,7 @@ async def test_a_group_of_one_is_that_one(run_workflow: Any) -> None:
     inner = ValueError("x")
     error = await failure_of(run_workflow, raises(ExceptionGroup("g", [ExceptionGroup("h", [inner])])))
     assert error.__cause__ is inner
-    assert error.message == "ValueError: x"
+    assert error.message == "ValueError: ..."
 
 
 async def test_of_a_group_ours_is_reported_and_the_others_noted_and_the_group_kept(run_workflow: Any) -> None:
@@ -61,7 +61,7 @@ async def test_of_a_group_ours_is_reported_and_the_others_noted_and_the_group_ke
     group = ExceptionGroup("g", [ValueError("a"), ours, KeyError("b")])
     error = await failure_of(run_workflow, raises(group))
     assert error is ours
-    assert error.__notes__ == ["also failed: ValueError: a", "also failed: KeyError: 'b'"]
+    assert error.__notes__ == ["also failed: ValueError: ...", "also failed: KeyError: ..."]
     assert error.__context__ is group
     foreign = await failure_of(run_workflow, raises(ExceptionGroup("g", [ValueError("a"), KeyError("b")])))
     assert isinstance(foreign.__cause__, ExceptionGroup)
@@ -69,7 +69,13 @@ async def test_of_a_group_ours_is_reported_and_the_others_noted_and_the_group_ke
 
 
 async def test_a_long_message_is_cut(run_workflow: Any) -> None:
-    assert len((await failure_of(run_workflow, raises(ValueError("x" * 10_000)))).message) < 400
+    @stage()
+    async def talk() -> None:
+        raise ValueError("no " * 10_000)
+
+    message = (await failure_of(run_workflow, talk)).message
+    assert 300 < len(message) < 400
+    assert message.endswith("no no ...")
 
 
 CASES = list(itertools.product((False, True), repeat=3))

@@ -85,7 +85,7 @@ async def test_a_stream_is_closed_when_the_body_fails_or_until_ends_the_loop(run
 
 async def test_a_stream_that_fails_is_reported_with_the_loop(run_workflow: Any) -> None:
     see, _ = recorder()
-    with pytest.raises(StageFailed, match="w/item: OSError: gone") as caught:
+    with pytest.raises(StageFailed, match="w/item: OSError") as caught:
         await run_workflow(Workflow("w", Loop("item", lambda: Stream(["a", OSError("gone")]), see)))
     assert isinstance(caught.value.__cause__, OSError)
 

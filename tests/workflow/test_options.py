@@ -281,7 +281,7 @@ class Undo:
 async def test_compensations_run_newest_first_when_the_run_fails_and_asked_for_it(run_workflow: Any, log: Any) -> None:
     undo = Undo()
     steps = [undo.step("a"), When(lambda: True, undo.step("b")), undo.step("c", error=OSError("no"))]
-    with pytest.raises(StageFailed, match="w/c: OSError: no"):
+    with pytest.raises(StageFailed, match="w/c: OSError"):
         await run_workflow(Workflow("w", *steps), RunConfig(on_failure="rollback"))
     assert undo.diary == ["a", "b", "c", "undo w/b", "undo w/a"]
     assert log.lines[-4:] == [
@@ -331,10 +331,10 @@ async def cancel_when_blocked(scope: anyio.CancelScope) -> None:
 async def test_a_compensation_that_fails_is_noted_and_the_next_one_runs(run_workflow: Any) -> None:
     undo = Undo()
     steps = [undo.step("a"), undo.step("b", undo=ValueError("cannot")), undo.step("c", error=OSError("no"))]
-    with pytest.raises(StageFailed, match="OSError: no") as caught:
+    with pytest.raises(StageFailed, match="w/c: OSError") as caught:
         await run_workflow(Workflow("w", *steps), RunConfig(on_failure="rollback"))
     assert undo.diary[-1] == "undo w/a"
-    assert any("ValueError: cannot" in n for n in caught.value.__notes__)
+    assert any("ValueError" in n for n in caught.value.__notes__)
 
 
 @virtual

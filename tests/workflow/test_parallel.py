@@ -89,7 +89,7 @@ async def test_halt_cancels_the_siblings_and_raises_the_failure(run_workflow: An
         finally:
             cancelled.append(1)
 
-    with pytest.raises(StageFailed, match="w/x: ValueError: x") as caught:
+    with pytest.raises(StageFailed, match="w/x: ValueError") as caught:
         await run_workflow(Workflow("w", Parallel(forever, failing("x"))))
     assert cancelled == [1]
     assert isinstance(caught.value.__cause__, ValueError)
@@ -106,10 +106,10 @@ async def test_the_first_failure_in_time_is_raised_though_its_branch_takes_longe
 
     branches = Parallel(second, failing("first", after=1, closing=20))
     began = anyio.current_time()
-    with pytest.raises(StageFailed, match="w/first: ValueError: first") as caught:
+    with pytest.raises(StageFailed, match="w/first: ValueError") as caught:
         await run_workflow(Workflow("w", branches))
     assert anyio.current_time() - began == pytest.approx(21)
-    assert any("OSError: second" in note for note in caught.value.__notes__)
+    assert any("OSError" in note for note in caught.value.__notes__)
 
 
 @virtual
@@ -157,11 +157,11 @@ async def test_what_fails_while_siblings_close_is_noted(run_workflow: Any) -> No
         await anyio.sleep_forever()
 
     resource = stage(name="opened", writes="o")(opened)
-    with pytest.raises(StageFailed, match="ValueError: x") as caught:
+    with pytest.raises(StageFailed, match="w/x: ValueError") as caught:
         await run_workflow(Workflow("w", Parallel([resource, forever], failing("x", cleanup=KeyError("own")))))
     notes = "\n".join(caught.value.__notes__)
     assert "bad close" in notes
-    assert "own" in notes
+    assert "KeyError" in notes
 
 
 async def test_skip_lets_the_others_end_and_goes_on_without_the_failed_branchs_writes(run_workflow: Any) -> None:

@@ -64,7 +64,7 @@ async def test_resources_close_newest_first_when_the_workflow_ends(house: House,
 
 async def test_resources_close_when_a_stage_fails(house: House, run_workflow: Any) -> None:
     workflow = Workflow("w", house.resource("a"), house.resource("b"), house.step("work", ValueError("no")))
-    with pytest.raises(StageFailed, match="w/work: ValueError: no"):
+    with pytest.raises(StageFailed, match="w/work: ValueError"):
         await run_workflow(workflow)
     assert house.diary == ["open a", "open b", "work", "close b", "close a"]
 
