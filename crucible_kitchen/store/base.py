@@ -235,7 +235,7 @@ class RunStore(Protocol):
         ...
 
     async def drop_checkpoint(self, run_id: str, number: int) -> None:
-        """Forget a checkpoint of a run that is open here or has ended; one that is not there changes nothing.
+        """Forget a checkpoint, also as an artifact, of a run that is open here or has ended; one not there is no error.
 
         Raises:
             RunNotFound: there is no such run.

@@ -166,9 +166,14 @@ def put_checkpoint(connection: sqlite3.Connection, checkpoint: Checkpoint) -> No
 
 
 def drop_checkpoint(connection: sqlite3.Connection, run_id: str, epoch: int | None, number: int) -> None:
-    """Delete a checkpoint of a run that has ended, or that the attempt has."""
+    """Delete a checkpoint, and its states from the artifacts, of a run that has ended, or that the attempt has."""
     if _status(connection, run_id) == "running":
         own(connection, run_id, epoch)
+    connection.execute(
+        "DELETE FROM artifacts WHERE run_id = ?1 AND kind = 'checkpoint' AND instr("
+        "(SELECT states FROM checkpoints WHERE run_id = ?1 AND number = ?2), json_quote(uri))",
+        (run_id, number),
+    )
     connection.execute("DELETE FROM checkpoints WHERE run_id = ? AND number = ?", (run_id, number))
 
 

@@ -254,7 +254,10 @@ class MemoryRunStore(JournalFront):
         run = await self._known(run_id)
         if run.until is not None and run.epoch != self._current(run_id):
             raise self._lost(run_id, self._current(run_id))
-        run.checkpoints.pop(number, None)
+        dropped = run.checkpoints.pop(number, None)
+        states = encode_json(dropped.states) if dropped is not None else ""
+        for artifact in [a for a in run.artifacts if a.kind == "checkpoint" and encode_json(a.uri) in states]:
+            del run.artifacts[artifact]
 
     async def put_artifact(self, run_id: str, artifact: BlobRef) -> None:
         """See ``RunStore.put_artifact``."""

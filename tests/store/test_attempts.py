@@ -384,7 +384,7 @@ async def test_checkpoints_come_back_newest_first_as_they_were_written(pair: tup
     first = checkpoint(1, data={"state": {"x": (1, 2)}, "nan": float("inf")}, states={"resume": "file:a"})
     await store.put_checkpoint(first)
     await store.put_checkpoint(checkpoint(2, session="w/other"))
-    await store.put_checkpoint(checkpoint(3))
+    await store.put_checkpoint(checkpoint(3, states={"w/s": {"uri": "file:3"}}))
     assert [c.number for c in await other.checkpoints("r")] == [3, 2, 1]
     found = (await other.checkpoints("r", session="w/s"))[-1]
     assert found == replace(first, data={"state": {"x": [1, 2]}, "nan": float("inf")}, sha256=found.digest())
@@ -394,8 +394,12 @@ async def test_checkpoints_come_back_newest_first_as_they_were_written(pair: tup
     await store.drop_checkpoint("r", 2)
     await store.drop_checkpoint("r", 2)
     assert [c.number for c in await other.checkpoints("r")] == [3, 1]
+    file, old = BlobRef("file:a", "aa", 1, "checkpoint", "step-1"), BlobRef("file:3", "cc", 1, "checkpoint", "step-3")
+    for artifact in (ARTIFACT, file, old):
+        await store.put_artifact("r", artifact)
     await store.finish_run("r", "completed", {})
     await other.drop_checkpoint("r", 3)
+    assert await other.artifacts("r") == [ARTIFACT, file]
     assert [c.number for c in await other.checkpoints("r")] == [1]
     with pytest.raises(RunNotFound):
         await store.drop_checkpoint("nobody", 1)
