@@ -5,34 +5,18 @@ A failing seed stands in the name of the test that failed.
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import pytest
-from trio._core import _run  # the switch is private, so it is touched in this one place
 
 from crucible_kitchen.actors import Actor, ChildSpec, Restarts, SupervisorSpec, supervise
 from crucible_kitchen.errors import ActorError, MessageQuarantined
-from crucible_kitchen.testing.clock import virtual_clock
+from crucible_kitchen.testing.clock import seeded_schedule, virtual_clock
 
 SEEDS = 60
 CLIENTS, ASKS, CAPACITY = 4, 12, 3
-
-
-@contextmanager
-def scheduled_by(seed: int) -> Iterator[None]:
-    """Let the seed decide in which order trio runs what can run."""
-    before = _run._ALLOW_DETERMINISTIC_SCHEDULING, _run._r.getstate()
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    _run._r.seed(seed)
-    try:
-        yield
-    finally:
-        _run._ALLOW_DETERMINISTIC_SCHEDULING = before[0]
-        _run._r.setstate(before[1])
 
 
 @dataclass
@@ -129,7 +113,7 @@ async def simulate(seed: int) -> History:
 
 def run(seed: int) -> History:
     name, options = virtual_clock()
-    with scheduled_by(seed):
+    with seeded_schedule(seed):
         return anyio.run(simulate, seed, backend=name, backend_options=options)
 
 
