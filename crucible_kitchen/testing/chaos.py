@@ -1,6 +1,6 @@
 """Kill a real run again and again, resume it each time, and look at what it becomes.
 
-Runs the real command line in child processes and ends them with SIGKILL at seeded places: after a random line of their
+Runs the real command line in child processes and ends them with signals at seeded places: after a random line of their
 progress, or in the middle of writing a checkpoint. Read next: ``docs/promises.md``.
 """
 
@@ -26,6 +26,10 @@ _SECONDS = 300.0
 
 _LOOK = 0.004
 """Seconds between two looks at a child."""
+
+
+_AGAIN = 0.25
+"""Seconds until a signal is sent again: sooner it would count as the same."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Chaos:
         Args:
             seed: of the places and of the signals.
             kills: how often.
-            signals: what a child is sent: SIGKILL, SIGTERM (it stops at a checkpoint) or SIGINT (it is cancelled).
+            signals: what a child is sent: SIGKILL; SIGTERM (it stops at a checkpoint) or SIGINT (it is cancelled), half
+                of the time twice; SIGSTOP (it is stopped for a moment, and killed later).
 
         Raises:
             AssertionError: an attempt failed by itself.
@@ -135,8 +140,15 @@ class Chaos:
                 waited += _LOOK
                 assert waited < _SECONDS, "an attempt neither progresses nor ends"
             ended = ended or _ends_within(child, pause * _LOOK)
+        if not ended and number is signal.SIGSTOP:
+            child.send_signal(number)
+            _ends_within(child, pause)
+            child.send_signal(signal.SIGCONT)
+            return self._killed(child, draw, signal.SIGKILL)
         if not ended:
             child.send_signal(number)
+            if number is not signal.SIGKILL and draw.random() < 0.5 and not _ends_within(child, _AGAIN):
+                child.send_signal(number)
             child.wait(_SECONDS)
             ended = child.returncode == 0  # it was about to complete
             if not ended:

@@ -208,10 +208,17 @@ def test_kills_of_a_run_in_an_environment_that_goes_on_change_nothing(tmp_path: 
     compared((*CONTINUED, *ONE_THREAD), tmp_path, range(100, 105), kills=5)
 
 
+ANY_SIGNAL = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
+
+
 @pytest.mark.e2e
-def test_a_run_that_is_drained_cancelled_and_killed_by_turns_ends_with_the_same_bits(tmp_path: Path) -> None:
-    signals = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-    compared((*SUPERVISED, *ONE_THREAD), tmp_path, range(1), kills=6, signals=signals)
+def test_a_run_that_is_drained_cancelled_stopped_and_killed_by_turns_ends_with_the_same_bits(tmp_path: Path) -> None:
+    compared((*SUPERVISED, *ONE_THREAD), tmp_path, range(1), kills=6, signals=ANY_SIGNAL)
+
+
+@pytest.mark.chaos
+def test_a_hundred_signals_of_every_kind_change_nothing(tmp_path: Path) -> None:
+    compared((*SUPERVISED, *ONE_THREAD), tmp_path, range(300, 320), kills=5, signals=ANY_SIGNAL)
 
 
 @pytest.mark.chaos
