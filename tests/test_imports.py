@@ -1,13 +1,18 @@
-"""What importing costs: the package's face, the command line's help, the adapters' classes."""
+"""What importing costs: the package's face, the command line's help, the adapters' classes; what loading may bring."""
 
+import ast
 import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "sklearn", "tensorboard")
+ROOT = Path(__file__).parents[1]
+TRUSTS = {"trust_remote_code", "allow_pickle"}
 MEASURE = """
 import json, sys, time
 began = time.process_time()
@@ -65,3 +70,24 @@ def test_no_adapter_of_ours_imports_a_heavy_package_when_its_class_is_loaded() -
     lines = (f"from {value.replace(':', ' import ')}" for value in ours)
     _, _, modules = imported("; ".join(lines))
     assert not modules & set(HEAVY)
+
+
+def trusting(code: str) -> list[int]:
+    """Return the lines that let somebody else's code run, or a pickle be read, with what they load."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        given = [(node.arg, node.value)] if isinstance(node, ast.keyword) else []
+        if isinstance(node, ast.Dict):
+            given = [(key.value, value) for key, value in zip(node.keys, node.values, strict=True) if _is_text(key)]
+        lines += [value.lineno for name, value in given if name in TRUSTS and ast.unparse(value) != "False"]
+    return lines
+
+
+def _is_text(node: ast.expr | None) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_nothing_that_is_loaded_may_bring_code_along() -> None:
+    assert trusting("f(trust_remote_code=True)\n{'allow_pickle': x}\nf(allow_pickle=False)") == [2, 1]
+    for path in (*ROOT.glob("crucible_kitchen/**/*.py"), *ROOT.glob("adapters/**/*.py")):
+        assert not trusting(path.read_text(encoding="utf-8")), path

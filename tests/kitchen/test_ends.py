@@ -4,6 +4,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
 
 from crucible_kitchen import Kitchen, Run, Workflow, stage
-from crucible_kitchen.errors import RunCancelled, RunEnded, RunPaused, TrainingError
+from crucible_kitchen.errors import RunCancelled, RunEnded, RunPaused, StorageFull, TrainingError
 from crucible_kitchen.events import WorkflowStop
 from crucible_kitchen.runs import RunHandle
 from crucible_kitchen.store import SqliteRunStore
@@ -145,18 +146,21 @@ class Ends(RuleBasedStateMachine):
 
 
 @pytest.mark.anyio
-async def test_a_run_whose_process_dies_at_any_write_does_not_exist_or_goes_on(home: Path) -> None:
+@pytest.mark.parametrize("error", [None, StorageFull("the disk is full")], ids=["dies", "disk is full"])
+async def test_a_run_that_ends_at_any_write_does_not_exist_or_goes_on(home: Path, error: StorageFull | None) -> None:
     ACT.update(how="complete")
-    for died_at in itertools.count(1):
-        place = home / str(died_at)
-        store = FaultyStore(SqliteRunStore(place / "runs.db"), at=died_at)
-        await Kitchen(home=place, store=store).run(ends)
+    for ends_at in itertools.count(1):
+        place = home / str(ends_at)
+        store = FaultyStore(SqliteRunStore(place / "runs.db"), at=ends_at, error=error)
+        with suppress(StorageFull):
+            await Kitchen(home=place, store=store).run(ends)
+            assert error is None or not store.struck, "a run without its log went on"
         if not store.struck:
             break
         async with Kitchen(home=place) as kitchen:
             for left in await kitchen.store.runs():
-                assert (await kitchen.resume(left.run_id, target=ends)).state.through == 1, f"died at write {died_at}"
-    assert died_at > 10
+                assert (await kitchen.resume(left.run_id, target=ends)).state.through == 1, f"ended at write {ends_at}"
+    assert ends_at > 10
 
 
 TestEnds = Ends.TestCase

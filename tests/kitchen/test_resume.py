@@ -1,7 +1,9 @@
 """Runs that go on: what a later attempt of a run finds, keeps and refuses."""
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from crucible_kitchen.errors import (
 )
 from crucible_kitchen.events import TrainingStep, WarningRaised, WorkflowRolledBack, WorkflowStart
 from crucible_kitchen.kitchen import Kitchen
-from crucible_kitchen.testing.faults import fails, with_faults
+from crucible_kitchen.ports import EvalReport
+from crucible_kitchen.testing.faults import corrupts, fails, with_faults
 from crucible_kitchen.workflow.nodes import Workflow
 from crucible_kitchen.workflow.stage import stage
-from crucible_kitchen_noop import NoopTrainingClient
+from crucible_kitchen_noop import NoopEvaluator, NoopTrainingClient
 
 pytestmark = pytest.mark.anyio
 
@@ -43,6 +46,10 @@ async def failed_at(kitchen: Kitchen, config: dict[str, Any], step: int) -> str:
     with pytest.raises(TransientBackendError):
         await handle.wait()
     return handle.id
+
+
+def files_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
 
 
 def weights(result: Any) -> str:
@@ -67,6 +74,37 @@ async def test_a_failed_run_goes_on_from_its_checkpoint_to_the_same_weights(
     assert [a.status for a in attempts] == ["failed", "completed"]
     assert result.metrics == {**calm.metrics, **{k: v for k, v in result.metrics.items() if k.endswith("per_sec")}}
     assert result.state.eval_results == calm.state.eval_results
+
+
+async def test_checkpoints_that_are_gone_are_no_artifacts_whichever_attempt_made_them(
+    kitchen: Kitchen, config: dict[str, Any]
+) -> None:
+    async with kitchen:
+        run_id = await failed_at(kitchen, {**config, **TEN_STEPS}, 5)
+        assert [artifact.name for artifact in await kitchen.store.artifacts(run_id)] == ["step-3"]
+        result = await kitchen.resume(run_id, adapters={"training_client": with_faults(NoopTrainingClient())})
+        kept = await kitchen.store.artifacts(run_id)
+    saved = [artifact for artifact in kept if artifact.kind == "checkpoint"]
+    assert sorted(artifact.uri.rpartition("/")[2] for artifact in saved) == files_of(kitchen.home / "runs" / run_id)
+    assert set(kept) == set(result.artifacts)
+
+
+async def test_a_run_keeps_the_last_the_best_and_every_nth_checkpoint_as_its_config_says(
+    noop: dict[str, Any], home: Path, config: dict[str, Any]
+) -> None:
+    accuracies = itertools.chain([0.1, 0.9, 0.8], itertools.repeat(0.0))
+
+    def graded(report: EvalReport) -> EvalReport:
+        return replace(report, metrics={**report.metrics, "accuracy": next(accuracies)})
+
+    evaluator = with_faults(NoopEvaluator(), corrupts("evaluate", graded, times=0))
+    keep = {"save_every": 1, "eval_every": 1, "keep_last": 1, "keep_best": 2, "keep_every": 4}
+    result = await Kitchen({**noop, "evaluator": evaluator}, home=home).run(
+        "supervised", {**config, **TEN_STEPS, **keep}
+    )
+    kept = [artifact.name for artifact in result.artifacts if artifact.kind == "checkpoint"]
+    assert kept == ["step-2", "step-3", "step-4", "step-8", "step-10"]
+    assert len(files_of(home / "runs" / result.run_id)) == len(kept)
 
 
 async def test_a_drained_run_is_paused_and_goes_on(noop: dict[str, Any], home: Path, config: dict[str, Any]) -> None:
