@@ -33,6 +33,8 @@ class Strange(gymnasium.Env):
         observed = np.full(3, self.steps, dtype=np.float32)
         if self.how == "nan":
             observed[1] = np.nan
+        if self.how == "shape":
+            observed = np.zeros((2, 2), dtype=np.float32)
         reward = float("inf") if self.how == "infinite reward" else 1.0
         over = self.steps == 2 and self.how != "never ends"
         return observed, reward, over and self.how != "cut", over and self.how in ("cut", "both"), {}

@@ -30,7 +30,7 @@ ADD = {
 
 
 @pytest.fixture
-async def sandbox() -> AsyncIterator[Sandbox]:
+async def sandbox(namespaces: None) -> AsyncIterator[Sandbox]:
     async with Sandbox(workers=1, limits=Limits(seconds=3.0, cpu_seconds=2)) as sandbox:
         yield sandbox
 
@@ -139,7 +139,7 @@ def test_the_last_block_of_python_is_the_program(text: str, program: str | None)
     assert program_in(text) == program
 
 
-async def test_rewards_of_the_environment_are_right(tmp_path: Path) -> None:
+async def test_rewards_of_the_environment_are_right(tmp_path: Path, namespaces: None) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps(DOUBLE) + "\n")
     source = DeepCoderEnvironments(str(file), workers="2", cpu_seconds="2")

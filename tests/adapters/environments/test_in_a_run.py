@@ -34,19 +34,29 @@ async def test_a_run_with_a_tool_plays_several_turns_and_ends(home: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
-async def test_a_run_on_programs_judges_them_or_refuses_to_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = home / "problems.jsonl"
-    tests = json.dumps({"inputs": [""], "outputs": ["1\n"]})
-    file.write_text(json.dumps({"problem": "Print 1.", "tests": tests}) + "\n")
-    config = {**SMALL, "env": f"deepcoder:{file}"}
-    result = await Kitchen(home=home).run("reinforcement", config)
+async def test_a_run_on_programs_judges_them(home: Path, namespaces: None) -> None:
+    result = await Kitchen(home=home).run("reinforcement", {**SMALL, "env": f"deepcoder:{one_program(home)}"})
     assert result.status == "completed"
     assert result.state.rollout_metrics["outcomes"] == {"scored": 4}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+async def test_a_run_on_programs_refuses_to_start_without_isolation(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sandbox_module, "_JAIL", "refusing_jail:run")
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     with pytest.raises(SandboxUnavailable) as caught:
-        await Kitchen(home=home).run("reinforcement", config)
+        await Kitchen(home=home).run("reinforcement", {**SMALL, "env": f"deepcoder:{one_program(home)}"})
     assert "limits-only" in str(caught.value.hint)
+
+
+def one_program(home: Path) -> Path:
+    """Write a file of one problem."""
+    file = home / "problems.jsonl"
+    tests = json.dumps({"inputs": [""], "outputs": ["1\n"]})
+    file.write_text(json.dumps({"problem": "Print 1.", "tests": tests}) + "\n")
+    return file
 
 
 async def test_problems_that_are_not_there_end_the_run_with_their_name(home: Path) -> None:
@@ -91,7 +101,7 @@ async def test_what_cannot_go_on_is_refused(home: Path, change: dict[str, Any], 
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["reset raises", "hangs", "nan"])
+@pytest.mark.parametrize("how", ["reset raises", "hangs", "nan", "shape", "infinite reward"])
 async def test_a_run_whose_every_environment_breaks_ends_with_one_clear_error(
     home: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SHORT = Limits(seconds=1.0, cpu_seconds=1)
 
 
 @pytest.fixture
-async def sandbox() -> AsyncIterator[Sandbox]:
+async def sandbox(namespaces: None) -> AsyncIterator[Sandbox]:
     before = descendants(os.getpid())
     async with Sandbox(workers=2, limits=Limits(seconds=30.0)) as sandbox:
         yield sandbox
@@ -354,7 +354,7 @@ async def test_cancelling_a_run_kills_its_program_and_frees_its_place(sandbox: S
     assert (await sandbox.run("print(1)")).stdout == "1\n"
 
 
-async def test_a_killed_parent_leaves_no_program(tmp_path: Path) -> None:
+async def test_a_killed_parent_leaves_no_program(tmp_path: Path, namespaces: None) -> None:
     """The process that owns the sandbox dies by SIGKILL while a program runs: the program dies with it."""
     script = tmp_path / "owner.py"
     script.write_text(
@@ -434,6 +434,17 @@ attempt('memory', lambda: bytearray(4 << 30))
     assert ended == ["time", "time"]
     assert "crucible-program-" in where
     assert not await anyio.Path(where).exists()
+
+
+@pytest.mark.parametrize(("required", "ends"), [("", pytest.skip.Exception), ("required", SandboxUnavailable)])
+def test_where_the_kernel_refuses_these_tests_are_skipped_unless_they_are_required(
+    monkeypatch: pytest.MonkeyPatch, need_namespaces: Callable[[], None], required: str, ends: type[BaseException]
+) -> None:
+    monkeypatch.setattr(module, "_JAIL", "refusing_jail:run")
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    monkeypatch.setenv("CRUCIBLE_KITCHEN_SANDBOX", required)
+    with pytest.raises(ends, match="unshare: Operation not permitted"):
+        need_namespaces()
 
 
 def test_limits_that_are_none_are_refused() -> None:
