@@ -73,7 +73,7 @@ async def overlapped(steps, k, seconds):
                 await anyio.sleep(LEARN / BATCH)
             batch.trained()
         wall = time.perf_counter() - began
-    ages = rollouts.staleness
+    ages = rollouts.measured.staleness
     mean = sum(age * n for age, n in ages.items()) / sum(ages.values())
     return wall, rollouts.ledger.dropped.total(), mean, max(ages)
 

@@ -9,12 +9,15 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from crucible_kitchen.errors import ConfigError
 from crucible_kitchen.types import AdamParams, LoraSpec
+
+if TYPE_CHECKING:
+    from crucible_kitchen.ports import TrainingCapabilities
 
 __all__ = [
     "AdamConfig",
@@ -63,6 +66,10 @@ class RunConfig(BaseModel):
     def unrepeatable(self) -> str | None:
         """Return why equal seeds may give other bits under these settings; None if they do not."""
         return None
+
+    def decided(self, can: "TrainingCapabilities") -> Mapping[str, str]:  # noqa: ARG002 - what depends on it says so
+        """Return what no key says, but follows from the keys and from what the backend can do: each with its reason."""
+        return {}
 
 
 class ModelConfig(RunConfig):

@@ -424,7 +424,7 @@ class RLStep(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineMeasured(Event):
-    """How rollouts and learning overlap, from the run's start (of this attempt) to this update.
+    """How rollouts and learning overlap, from the start of the run to this update.
 
     Staleness in updates, per token; ``waste`` and ``length_bias`` as shares of what was sampled; ``learner_seconds``
     and ``worker_seconds`` give every second one cause; ``slowest`` is the group that the learner waited for last.

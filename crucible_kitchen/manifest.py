@@ -60,6 +60,7 @@ def build_manifest(
         },
         "capabilities": _plain(capabilities),
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+        "decided": {} if capabilities is None else dict(config.decided(capabilities)),
         "reproducible": reproducible,
         "reproducible_because": why,
         "synthetic": any(getattr(a, "synthetic", False) for a in adapters.values() if a is not None),

@@ -4,12 +4,14 @@ A key that the chosen method does not use is refused when it is set to anything 
 ``crucible_kitchen.workflows.reinforcement``.
 """
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from crucible_kitchen.config import RunConfig
 from crucible_kitchen.learner import Aggregation, Normalization, StdConvention
+from crucible_kitchen.ports import TrainingCapabilities
 from crucible_kitchen.rl.staleness import StalenessPolicy
 
 __all__ = ["LearnerConfig", "RolloutConfig"]
@@ -204,6 +206,22 @@ class LearnerConfig(RunConfig):
         if self.normalize == "batch":
             return "normalize=batch needs the whole batch"
         return None
+
+    def batch_because(self, can: TrainingCapabilities) -> str | None:
+        """Return why a batch is collected before it is learned from; None if groups are taken as they arrive."""
+        if self.learner == "batch":
+            return "learner=batch"
+        if can.step_scale != "exact":
+            return "the backend cannot scale a step by a number known only then"
+        return self.must_batch()
+
+    def decided(self, can: TrainingCapabilities) -> Mapping[str, str]:
+        """See ``RunConfig``: the learner."""
+        why = self.batch_because(can)
+        return {
+            "learner": "batch" if why else "streaming",
+            "learner_because": why or "each group's gradient depends on that group alone",
+        }
 
     def _changed(self, key: str) -> bool:
         """Return whether a key has another value than its default: a config that was stored has them all."""

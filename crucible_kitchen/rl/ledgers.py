@@ -62,15 +62,17 @@ class TimeLedger:
     Args:
         now: the loop's clock.
         cause: what it does at first.
+        earlier: seconds by cause that it goes on from, of a run that is resumed.
     """
 
-    __slots__ = ("_began", "_cause", "_now", "_since", "_spent")
+    __slots__ = ("_began", "_cause", "_earlier", "_now", "_since", "_spent")
 
-    def __init__(self, now: Callable[[], float], cause: str) -> None:
+    def __init__(self, now: Callable[[], float], cause: str, earlier: Mapping[str, float] | None = None) -> None:
         self._now = now
         self._cause = cause
         self._began = self._since = now()
-        self._spent: dict[str, float] = {}
+        self._spent = dict(earlier or {})
+        self._earlier = sum(self._spent.values())
 
     @property
     def cause(self) -> str:
@@ -85,8 +87,8 @@ class TimeLedger:
 
     @property
     def wall(self) -> float:
-        """Seconds since it began."""
-        return self._now() - self._began
+        """Seconds since it began, and those it went on from."""
+        return self._earlier + self._now() - self._began
 
     def spent(self) -> Mapping[str, float]:
         """Return seconds by cause, up to now."""

@@ -1,69 +1,32 @@
 """From problems to batches: env groups as supervised actors, a bounded queue, and the gate that bounds staleness.
 
 It knows what a group is worth (usable, how old), not what is in it; it runs on any clock. Read next:
-``crucible_kitchen.rl.staleness``, ``crucible_kitchen.rl.ledgers``.
+``env_group.py``, ``ledgers.py`` and ``measures.py`` beside this.
 """
 
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 
-from crucible_kitchen.actors import Actor, ActorRef, ChildSpec, Restarts, SupervisorSpec, supervise
+from crucible_kitchen.actors import ActorRef, ChildSpec, SupervisorSpec, supervise
 from crucible_kitchen.errors import CrucibleError, EnvironmentFault, MessageQuarantined
 from crucible_kitchen.loop import EventLoop
+from crucible_kitchen.rl.batch import Batch
+from crucible_kitchen.rl.env_group import RESTARTS, EnvGroup, Fatal, Job, Produce
 from crucible_kitchen.rl.ledgers import RolloutLedger, TimeLedger
+from crucible_kitchen.rl.measures import Measures
 from crucible_kitchen.rl.plan import PipelinePlan, Rolled
 from crucible_kitchen.rl.trajectories import Ticket
-from crucible_kitchen.types import Array, JsonObject
+from crucible_kitchen.types import JsonObject
 from crucible_kitchen.waits import waiting
 
-__all__ = ["Batch", "Rollouts"]
-
-RESTARTS = Restarts(most=1000, within=60.0, initial=0.005, factor=2.0, longest=0.05)
-"""Env groups may die often: what gives up is the count of problems that came to nothing in a row."""
-
+__all__ = ["Rollouts"]
 
 G = TypeVar("G", bound=Rolled)
-Produce: TypeAlias = Callable[[Ticket], Awaitable[G]]
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A ticket on its way."""
-
-    ticket: Ticket
-    version: int
-    scope: anyio.CancelScope | None = None
-    began: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Fatal:
-    error: Exception
-
-
-class _EnvGroup(Actor[_Job, Any]):
-    """One env group at a time. What it cannot explain kills it; the next one is given the same problem again."""
-
-    def __init__(self, produce: Produce[Any], fatal: tuple[type[Exception], ...]) -> None:
-        self._produce = produce
-        self._fatal = fatal
-
-    async def handle(self, message: _Job) -> Any:
-        """Roll out one problem; None if it was cancelled for being too old."""
-        try:
-            if message.scope is None:
-                return await self._produce(message.ticket)
-            with message.scope:
-                return await self._produce(message.ticket)
-        except self._fatal as error:
-            return _Fatal(error)
-        return None
 
 
 class Rollouts(Generic[G]):
@@ -89,22 +52,20 @@ class Rollouts(Generic[G]):
         self.plan = plan
         self.ledger = RolloutLedger()
         self.version = 0
-        self.staleness: Counter[int] = Counter()
-        self.sampled_tokens = self.trained_tokens = self.wasted_tokens = 0
-        self.sampled_groups = 0
-        self.rolled_seconds = 0.0
+        self.measured = Measures()
         self._order = order
         self._fatal = fatal
         self._told = dropped
         self._next = 0
         self._carried: JsonObject | None = None  # where the last group stopped
         self._again: deque[int] = deque()
-        self._flying: dict[int, _Job] = {}
+        self._flying: dict[int, Job] = {}
         self._queue: deque[G] = deque()
         self._batch: Batch[G] | None = None
         self._in_vain = 0
         self._failure: Exception | None = None
         self._resumed = False
+        self._earlier: dict[str, dict[str, float]] = {"learner": {}, "workers": {}}
         self._loop: EventLoop
         self._room: anyio.Event  # a problem may be drawn now
         self._begun: anyio.Event  # the first turn was asked for
@@ -130,9 +91,9 @@ class Rollouts(Generic[G]):
         self._loop = EventLoop()
         self._room, self._arrival, self._begun = self._loop.event(), self._loop.event(), self._loop.event()
         self.workers = []
-        self.learner = TimeLedger(self._loop.time, "start")
+        self.learner = TimeLedger(self._loop.time, "start", self._earlier["learner"])
         count = max(1, min(self.plan.workers, self.plan.ahead))
-        make = partial(_EnvGroup, produce, self._fatal)
+        make = partial(EnvGroup, produce, self._fatal)
         specs = tuple(
             ChildSpec(f"env-group-{i}", make, capacity=1, drain=False, quarantine_after=self.plan.quarantine_after)
             for i in range(count)
@@ -141,7 +102,7 @@ class Rollouts(Generic[G]):
         failure: Exception | None = None
         async with supervise(tree_spec, warn=warn) as tree, anyio.create_task_group() as tasks:
             for spec in specs:
-                time = TimeLedger(self._loop.time, "gate")
+                time = TimeLedger(self._loop.time, "gate", None if self.workers else self._earlier["workers"])
                 self.workers.append(time)
                 tasks.start_soon(self._work, tree.ref(spec), time)
             try:
@@ -152,12 +113,12 @@ class Rollouts(Generic[G]):
         if failure is not None:
             raise failure
 
-    def __aiter__(self) -> AsyncIterator["Batch[G]"]:
+    def __aiter__(self) -> AsyncIterator[Batch[G]]:
         """Iterate over one batch per update, until all are taken; each must be ``trained`` before the next."""
         self._begun.set()
         return self
 
-    async def __anext__(self) -> "Batch[G]":
+    async def __anext__(self) -> Batch[G]:
         if self._batch is not None:
             raise RuntimeError("the batch was not trained: call trained() before the next")
         if self._resumed:
@@ -178,7 +139,7 @@ class Rollouts(Generic[G]):
 
     # -- the workers' side --------------------------------------------------------------------------------------------
 
-    async def _work(self, worker: ActorRef[_Job, Any], time: TimeLedger) -> None:
+    async def _work(self, worker: ActorRef[Job, Any], time: TimeLedger) -> None:
         await self._begun.wait()
         while (job := await self._draw(time)) is not None:
             time.enter("rollout")
@@ -193,7 +154,7 @@ class Rollouts(Generic[G]):
             self._has_arrived()
             time.enter("gate")
 
-    async def _draw(self, time: TimeLedger) -> _Job | None:
+    async def _draw(self, time: TimeLedger) -> Job | None:
         """Return the next problem once it may be drawn, or None when all are."""
         while not self._may_draw():
             if self.ledger.trained + self._open >= self._wanted and self.version >= self.plan.batches:
@@ -207,7 +168,7 @@ class Rollouts(Generic[G]):
             index, self._next = self._next, self._next + 1
             self.ledger.drawn += 1
         ticket = Ticket(index, self._order(index), self._carried)
-        job = _Job(ticket, self.version, began=self._loop.time())
+        job = Job(ticket, self.version, began=self._loop.time())
         if self.plan.staleness == "cancel":
             job.scope = anyio.CancelScope()
         self._flying[index] = job
@@ -227,17 +188,16 @@ class Rollouts(Generic[G]):
         return self._open < self.plan.ahead and self.ledger.trained + self._open < self._wanted
 
     def _arrived(self, index: int, result: Any) -> None:
-        if isinstance(result, _Fatal):
+        if isinstance(result, Fatal):
             self._failure = self._failure or result.error
             self._drop(index, "fatal")
         elif result is None:
             self._drop(index, "cancelled")
         else:
-            self.sampled_tokens += result.length
-            self.sampled_groups += 1
+            self.measured.sampled(result)
             self._carried = result.carried
             if (why := result.unusable) is not None:
-                self.wasted_tokens += result.length
+                self.measured.wasted(result)
                 self._drop(index, why, lost=True)
             else:
                 self._in_vain = 0
@@ -257,7 +217,7 @@ class Rollouts(Generic[G]):
 
     # -- the learner's side -------------------------------------------------------------------------------------------
 
-    async def take(self, batch: "Batch[G]") -> G:
+    async def take(self, batch: Batch[G]) -> G:
         """Return the next group for a batch, and wait for it."""
         while True:
             if self._failure is not None:
@@ -275,7 +235,7 @@ class Rollouts(Generic[G]):
         longest = min(self._flying.values(), key=lambda job: job.began, default=None)
         return f"rollouts, of which group {longest.ticket.index} has been out longest" if longest else "rollouts"
 
-    def _pick(self, batch: "Batch[G]") -> G | None:
+    def _pick(self, batch: Batch[G]) -> G | None:
         plan = self.plan
         if plan.in_order:
             first = min((g.ticket.index for g in self._queue), default=None)
@@ -290,11 +250,11 @@ class Rollouts(Generic[G]):
             self._queue.remove(group)
             if self.version - oldest(group) <= plan.max_staleness:
                 return group
-            self.wasted_tokens += group.length
+            self.measured.wasted(group)
             self._drop(group.ticket.index, "stale")
         return None
 
-    def _pick_blocking(self, batch: "Batch[G]") -> G | None:
+    def _pick_blocking(self, batch: Batch[G]) -> G | None:
         """Return a group such that no other one becomes too old by waiting for the next update."""
         due = self.version - self.plan.max_staleness
         overdue = next((g for g in self._queue if oldest(g) <= due), None)
@@ -308,18 +268,14 @@ class Rollouts(Generic[G]):
         self._queue.remove(group)
         return group
 
-    def trained(self, batch: "Batch[G]") -> None:
+    def trained(self, batch: Batch[G]) -> None:
         """Count a batch as trained: its places are free, and what is sampled from now on is one version newer.
 
         Raises:
             LedgerBroken: the ledger does not add up.
         """
         for group in batch.groups:
-            versions = group.versions()
-            for age, count in zip(*_counts(batch.update - versions), strict=True):
-                self.staleness[age] += count
-            self.trained_tokens += group.length
-            self.rolled_seconds += group.seconds
+            self.measured.trained(group, batch.update)
         self.ledger.trained += len(batch.groups)
         self._batch = None
         self.version = batch.update + 1
@@ -353,28 +309,28 @@ class Rollouts(Generic[G]):
         now = self._loop.time()
         return sorted(((i, now - job.began) for i, job in self._flying.items()), key=lambda pair: -pair[1])
 
+    def seconds(self) -> dict[str, dict[str, float]]:
+        """Return the time ledger: seconds of the ``learner`` and of all ``workers`` together, by cause."""
+        if not self.workers:
+            return self._earlier
+        workers: dict[str, float] = {}
+        for worker in self.workers:
+            for cause, seconds in worker.spent().items():
+                workers[cause] = workers.get(cause, 0.0) + seconds
+        return {"learner": dict(self.learner.spent()), "workers": workers}
+
     @property
     def efficiency(self) -> float:
         """Overlap efficiency so far: the greater of the learner's and the workers' work, over the wall clock."""
         spent = self.learner.spent()
         learned = spent.get("compute", 0.0)
-        ideal = max(learned, self.rolled_seconds / len(self.workers))
+        ideal = max(learned, self.measured.seconds / len(self.workers))
         return ideal / self.learner.wall if self.learner.wall else 0.0
 
     @property
-    def waste(self) -> float:
-        """Share of what was sampled that was given up, in tokens."""
-        return self.wasted_tokens / self.sampled_tokens if self.sampled_tokens else 0.0
-
-    @property
     def length_bias(self) -> float:
-        """Mean length of what is trained over the mean length of what was sampled; 1 if nothing was given up."""
-        kept = self.sampled_tokens - self.wasted_tokens
-        groups = self.ledger.trained + len(self._queue)
-        given_up = self.sampled_groups - groups
-        if not (kept and groups and given_up > 0):
-            return 1.0
-        return (kept / groups) / (self.sampled_tokens / self.sampled_groups)
+        """See ``Measures.length_bias``."""
+        return self.measured.length_bias(kept=self.ledger.trained + len(self._queue))
 
     # -- position -----------------------------------------------------------------------------------------------------
 
@@ -390,8 +346,8 @@ class Rollouts(Generic[G]):
             "carried": first.carried if first is not None else self._carried,
             "over": self._batch is None and self.version > 0,
             "ledger": self.ledger.to_json(),
-            "staleness": {str(age): n for age, n in sorted(self.staleness.items())},
-            "tokens": [self.sampled_tokens, self.trained_tokens, self.wasted_tokens],
+            "seconds": self.seconds(),
+            **self.measured.to_json(),
         }
 
     def seek(self, position: JsonObject) -> None:
@@ -401,71 +357,13 @@ class Rollouts(Generic[G]):
         self._carried = position.get("carried")  # of an earlier version: nothing went on
         self._resumed = position["over"]
         self.ledger = RolloutLedger.from_json(position["ledger"])
-        self.staleness = Counter({int(age): n for age, n in position["staleness"].items()})
-        self.sampled_tokens, self.trained_tokens, self.wasted_tokens = position["tokens"]
-
-
-class Batch(Generic[G]):
-    """The groups of one update, as they arrive; iterating again gives the same ones first.
-
-    Args:
-        rollouts: where they come from.
-        update: which update, from 0: the version of the policy that it starts from.
-        over: it was trained before a restart, and has no groups.
-    """
-
-    def __init__(self, rollouts: Rollouts[G], update: int, *, over: bool = False) -> None:
-        self.rollouts = rollouts
-        self.update = update
-        self.groups: list[G] = []
-        self._over = over
-
-    def __len__(self) -> int:
-        """Return how many groups it will have."""
-        return 0 if self._over else self.rollouts.plan.per_batch
-
-    def __aiter__(self) -> AsyncIterator[G]:
-        """Iterate over the groups in the order of arrival; those that are there already come first."""
-        return _Groups(self)
-
-    async def all(self) -> list[G]:
-        """Return all groups, in the order of drawing, once they are there."""
-        async for _ in self:
-            pass
-        return sorted(self.groups, key=lambda group: group.ticket.index)
-
-    def trained(self) -> None:
-        """See ``Rollouts.trained``; call it when the update has been taken and its sampler published."""
-        if not self._over:
-            self._over = True
-            self.rollouts.trained(self)
-
-
-class _Groups(AsyncIterator[G]):
-    """One pass over a batch's groups."""
-
-    def __init__(self, batch: Batch[G]) -> None:
-        self._batch = batch
-        self._at = 0
-
-    async def __anext__(self) -> G:
-        batch, at = self._batch, self._at
-        if at == len(batch.groups):
-            if at >= len(batch):
-                raise StopAsyncIteration
-            batch.groups.append(await batch.rollouts.take(batch))
-        self._at += 1
-        return batch.groups[at]
+        self._earlier = position.get("seconds", self._earlier)
+        self.measured = Measures.from_json(position)
 
 
 def oldest(group: Rolled) -> int:
     """Return the oldest policy version that sampled a group."""
     return int(group.versions().min())
-
-
-def _counts(ages: Array) -> tuple[Iterator[int], Iterator[int]]:
-    found: Counter[int] = Counter(ages.tolist())
-    return iter(found.keys()), iter(found.values())
 
 
 def _says(error: BaseException | None) -> str:

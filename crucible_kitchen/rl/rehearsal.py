@@ -187,7 +187,7 @@ def _report(rollouts: Rollouts[_Group], latencies: Latencies, prices: Prices | N
         step_seconds=wall / max(1, rollouts.version),
         efficiency=rollouts.efficiency,
         learner=rollouts.learner.spent(),
-        staleness=dict(rollouts.staleness),
+        staleness=dict(rollouts.measured.staleness),
         waste=ledger.dropped.total() / max(1, ledger.drawn),
         cost=cost,
         streaming=streaming,

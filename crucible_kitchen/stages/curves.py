@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crucible_kitchen.ports import BlobStore
-from crucible_kitchen.rl.pipeline import Batch
+from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.rollout import EnvironmentPool
 from crucible_kitchen.types import BlobRef
@@ -61,7 +61,7 @@ async def keep_curves(
     curves: Curves | None = None,
 ) -> Curves:
     """Keep what an update measured, for the report's plot."""
-    ages = rollouts.rollouts.staleness
+    ages = rollouts.rollouts.measured.staleness
     staleness = sum(age * n for age, n in ages.items()) / max(1, sum(ages.values()))
     point = (
         rollout_metrics["reward_mean"],

@@ -14,9 +14,10 @@ from crucible_kitchen.config import ModelConfig
 from crucible_kitchen.errors import CapabilityError, ConfigError, EmptyDataset
 from crucible_kitchen.events import EnvGroupBuilt, GroupDropped, RolloutComplete
 from crucible_kitchen.ports import BlobStore, EnvironmentSource, ModelRegistry, TrainingClient, TrainingSession
+from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.config import LearnerConfig, RolloutConfig
 from crucible_kitchen.rl.environments import open_environment
-from crucible_kitchen.rl.pipeline import Batch, Rollouts
+from crucible_kitchen.rl.pipeline import Rollouts
 from crucible_kitchen.rl.plan import PipelinePlan
 from crucible_kitchen.rl.policy import PublishedPolicy
 from crucible_kitchen.rl.rollout import FATAL, Roller, RolloutRules
@@ -155,6 +156,9 @@ async def build_env_group(
             _rollouts(config, session, problems, run),
             standing,
         )
+        decided = config.decided(session.capabilities)
+        run.pin("environment", pool.fingerprint)
+        run.pin("learner", decided["learner"])
         run.emit(
             EnvGroupBuilt(
                 group_size=config.group_size,
@@ -162,8 +166,8 @@ async def build_env_group(
                 env_type=pool.name,
                 problems=problems,
                 fingerprint=pool.fingerprint,
-                learner="batch" if (why := batch_because(config, session)) else "streaming",
-                because=why or "each group's gradient depends on that group alone",
+                learner=decided["learner"],
+                because=decided["learner_because"],
             )
         )
         yield pool
@@ -191,15 +195,6 @@ def rules_of(config: ReinforcementPartsConfig, session: TrainingSession) -> Roll
         chat=chat,
         seed=config.seed,
     )
-
-
-def batch_because(config: LearnerConfig, session: TrainingSession) -> str | None:
-    """Return why a batch is collected before it is learned from; None if groups are taken as they arrive."""
-    if config.learner == "batch":
-        return "learner=batch"
-    if session.capabilities.step_scale != "exact":
-        return "the backend cannot scale a step by a number known only then"
-    return config.must_batch()
 
 
 def least_members(config: ReinforcementPartsConfig) -> int:

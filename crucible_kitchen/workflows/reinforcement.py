@@ -8,11 +8,11 @@ from crucible_kitchen.stages.policy_evaluation import (
     policy_eval_due,
     update_checkpoint_due,
 )
+from crucible_kitchen.stages.policy_reports import log_rl_metrics
+from crucible_kitchen.stages.policy_step import UpdateConfig
 from crucible_kitchen.stages.policy_update import (
-    UpdateConfig,
     assemble_rl_batch,
     compute_advantages,
-    log_rl_metrics,
     ppo_update,
     streaming_update,
     streams,

@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.ports import BlobStore, TrainingClient, TrainingSession
+from crucible_kitchen.ports import BlobStore, TrainingCapabilities, TrainingClient, TrainingSession
 from crucible_kitchen.stages.rollout import ReinforcementPartsConfig, init_policy_session
 from crucible_kitchen.stages.stored import fetched, model_at
 from crucible_kitchen.stages.training import save_final
@@ -48,6 +48,10 @@ class RlhfConfig(RunConfig):
     def unrepeatable(self) -> str | None:
         """See ``RunConfig``: the part that samples decides."""
         return self.reinforcement.unrepeatable()
+
+    def decided(self, can: TrainingCapabilities) -> Mapping[str, str]:
+        """See ``RunConfig``: the part that has a choice."""
+        return self.reinforcement.decided(can)
 
     @model_validator(mode="before")
     @classmethod

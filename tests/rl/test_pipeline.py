@@ -35,7 +35,7 @@ async def test_no_more_groups_are_ever_open_than_the_bound_allows(kit, policy, k
     await kit.learn(rollouts, load, trained, streaming=streaming)
     assert load.most_running <= 8 * (k + 1)
     assert len(trained.batches) == 30
-    assert sum(rollouts.staleness.values()) == 240
+    assert sum(rollouts.measured.staleness.values()) == 240
 
 
 @pytest.mark.parametrize("policy", ["block", "discard", "cancel"])
@@ -46,7 +46,7 @@ async def test_strict_policies_never_train_what_is_older_than_the_bound(kit, pol
     rollouts = kit.pipeline(load, plan(max_staleness=k, staleness=policy), trained)
     await kit.learn(rollouts, load, trained)
     assert max(trained.ages) <= k
-    assert max(rollouts.staleness) <= k
+    assert max(rollouts.measured.staleness) <= k
     assert len(trained.batches) == 30
     if policy == "block":
         assert not rollouts.ledger.dropped
@@ -57,8 +57,8 @@ async def test_the_bound_of_the_mean_loses_nothing_and_says_how_old_the_oldest_w
     rollouts = kit.pipeline(load, plan(batches=60, max_staleness=1), trained)
     await kit.learn(rollouts, load, trained)
     assert np.mean(trained.ages) <= 1.0
-    assert max(trained.ages) == max(rollouts.staleness) > 1
-    assert (rollouts.waste, rollouts.length_bias) == (0.0, 1.0)
+    assert max(trained.ages) == max(rollouts.measured.staleness) > 1
+    assert (rollouts.measured.waste, rollouts.length_bias) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("k", "least"), [(0, 0.29), (1, 0.88), (2, 0.93), (4, 0.96)])
@@ -216,6 +216,10 @@ async def test_what_was_in_flight_or_buffered_is_drawn_again_first(kit):
     resumed.seek(position)
     assert resumed.position() == position
     await kit.learn(resumed, load, trained)
+    for whom, before in position["seconds"].items():
+        now = resumed.seconds()[whom]
+        assert all(now[cause] >= seconds for cause, seconds in before.items())
+    assert sum(resumed.seconds()["learner"].values()) == pytest.approx(resumed.learner.wall)
     assert resumed.ledger.requeued == len(again)
     assert again <= set(load.attempts)
 

@@ -10,7 +10,7 @@ import pytest
 
 from crucible_kitchen import events as e
 from crucible_kitchen.config import build_config
-from crucible_kitchen.errors import ConfigError, CrucibleError, WorkflowError
+from crucible_kitchen.errors import ConfigError, CrucibleError, RunChanged, TransientBackendError, WorkflowError
 from crucible_kitchen.kitchen import Kitchen
 from crucible_kitchen.learner import PPO, grpo
 from crucible_kitchen.registry import Registry
@@ -18,8 +18,10 @@ from crucible_kitchen.rl.rollout import derived_seed
 from crucible_kitchen.rl.staleness import problem_order
 from crucible_kitchen.stages.curves import Curves
 from crucible_kitchen.testing.environments import installed
+from crucible_kitchen.testing.faults import fails, with_faults
 from crucible_kitchen.types import AdamParams, Datum, SamplingParams, SessionSpec
 from crucible_kitchen.workflows.reinforcement import ReinforcementConfig, reinforcement
+from crucible_kitchen_noop import NoopTrainingClient
 
 pytestmark = pytest.mark.anyio
 
@@ -299,6 +301,42 @@ def test_the_manifest_says_whether_a_run_can_be_repeated(home, config, values, r
     result = Kitchen({"training_client": "noop"}, home=home).check("reinforcement", {**config, **values})
     assert result.manifest["reproducible"] is repeats
     assert why in result.manifest["reproducible_because"]
+
+
+@pytest.mark.parametrize(
+    ("values", "capabilities", "learner", "why"),
+    [
+        ({}, {}, "streaming", "that group alone"),
+        ({"ppo_epochs": 2}, {}, "batch", "ppo_epochs"),
+        ({"learner": "batch"}, {}, "batch", "learner=batch"),
+        ({}, {"step_scale": "constant"}, "batch", "cannot scale a step"),
+    ],
+)
+def test_the_manifest_says_which_learner_was_chosen_and_why(home, config, values, capabilities, learner, why):
+    kitchen = Kitchen({"training_client": ("noop", {"capabilities": capabilities})}, home=home)
+    decided = kitchen.check("reinforcement", {**config, **values}).manifest["decided"]
+    assert decided["learner"] == learner
+    assert why in decided["learner_because"]
+
+
+async def test_other_problems_or_another_learner_are_refused_when_a_run_is_resumed(home, config):
+    failing = with_faults(NoopTrainingClient(), fails("apply", TransientBackendError("lost"), call=4))
+    file = home / "problems.jsonl"
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    config, allowed = {**config, "env": f"math:{file}", "save_every": 1}, ["training_client"]
+    async with Kitchen({"training_client": "noop"}, home=home) as kitchen:
+        handle = await kitchen.start("reinforcement", config, adapters={"training_client": failing})
+        with pytest.raises(TransientBackendError):
+            await handle.wait()
+        collecting = with_faults(NoopTrainingClient(capabilities={"step_scale": "constant"}))
+        with pytest.raises(RunChanged, match="learner was 'streaming', is 'batch'"):
+            await kitchen.resume(handle.id, adapters={"training_client": collecting}, allow_changed=allowed)
+        client = {"training_client": with_faults(NoopTrainingClient())}
+        file.write_text(json.dumps({"problem": "1+2", "answer": "3"}))
+        with pytest.raises(RunChanged, match="environment was"):
+            await kitchen.resume(handle.id, adapters=client, allow_changed=allowed)
+        allowed.append("environment")
+        assert (await kitchen.resume(handle.id, adapters=client, allow_changed=allowed)).status == "completed"
 
 
 # -- every key --------------------------------------------------------------------------------------------------------
