@@ -89,7 +89,7 @@ class _Engine:
             return
         if self._steps.records.replay_block(frame, path):
             return
-        block, outer, before = Block(frame.block), replace(frame), dict(frame.values)
+        block, outer, before = Block(frame.block), replace(frame), dict(frame.origins)
         frame.block = block
         cancelled: BaseException | None = None
         try:

@@ -145,16 +145,18 @@ class Records:
         self._context.made(recorded.value["metrics"], recorded.value["artifacts"])
         return True
 
-    def keep_block(self, frame: Frame, path: str, before: Mapping[str, Any]) -> None:
-        """Record that the block of a session is done, with what it wrote."""
+    def keep_block(self, frame: Frame, path: str, before: Mapping[str, Origin]) -> None:
+        """Record that the block of a session is done, with what it wrote.
+
+        What it wrote is told by where it came from: a stage may write the very value that it found.
+        """
         if self._memory is None:
             return
         block: JsonObject = {}
         for name, origin in list(frame.origins.items()):
-            value = frame.values[name]
-            if origin.writer is None or (name in before and before[name] is value):
+            if origin.writer is None or before.get(name) is origin:
                 continue
-            kept = entry(name, value, origin, path)
+            kept = entry(name, frame.values[name], origin, path)
             block[name] = kept | {"hash": digest(kept["value"])}
             frame.origins[name] = Origin(block[name]["hash"], origin.writer)
         context = self._context

@@ -295,6 +295,36 @@ async def test_sub_workflows_with_their_own_sessions_resume_each_on_its_own(tmp_
     assert await sweep(tmp_path, nested, compare) > 30
 
 
+def unmoved(world):
+    """A session's block that writes the very value it found, and a stage after it that reads it."""
+
+    @stage(writes="x")
+    async def first() -> int:
+        return 1
+
+    @stage(writes="session")
+    async def init_session() -> AsyncIterator[Trainer]:
+        async with trainer(world.disk) as session:
+            yield session
+
+    @stage(writes="x")
+    async def same(session: Trainer, x: int) -> int:
+        return x
+
+    @stage(writes="y")
+    async def after(x: int) -> int:
+        return x + 1
+
+    return Workflow("w", first, Loop("once", lambda: range(1), init_session, same), after)
+
+
+async def test_a_session_that_writes_the_very_value_it_found_is_found_done(tmp_path):
+    def compare(calm, state, world, resumed, budget):
+        assert resumed == state == {"x": 1, "y": 2}, budget
+
+    assert await sweep(tmp_path, unmoved, compare) > 8
+
+
 async def test_a_sub_workflow_that_is_done_is_not_run_again(tmp_path):
     world = World(tmp_path)
     workflow = nested(world)
