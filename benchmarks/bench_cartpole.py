@@ -142,6 +142,9 @@ def main() -> None:
             runs["stable-baselines3"].append(theirs(seed, args.updates))
         except ImportError as error:
             print(f"Stable-Baselines3 is absent ({error}): run `make peers` first\n", file=sys.stderr)
+        for name, found in runs.items():
+            if found:
+                print(f"seed {seed}, {name}: {found[-1]}", file=sys.stderr)
     print_table(
         f"CartPole-v1, {args.seeds} seeds, {args.updates * UPDATE:,} steps each ({machine()})",
         ["who", "environment steps/s, learning included", "steps until solved", "seeds that solved it"],
