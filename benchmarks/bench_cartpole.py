@@ -46,6 +46,7 @@ CONFIG: dict[str, Any] = {
     "beta2": 0.999,
     "eps": 1e-5,
     "grad_clip_norm": 0.5,
+    "value_coef": 1.0,  # there 0.5, without the half that the value loss has here
     "normalize": "batch",
     "eval_size": 1,
 }
