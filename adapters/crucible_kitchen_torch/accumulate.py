@@ -18,10 +18,11 @@ from crucible_kitchen.learner.numerics import spread
 from crucible_kitchen.learner.terms import of_outputs
 from crucible_kitchen.types import Array, Datum, Float64Array, Loss, OutputsLoss, reads
 from crucible_kitchen_torch.logits import Logits
-from crucible_kitchen_torch.microbatches import plan, plan_padded, shared_beginnings
+from crucible_kitchen_torch.microbatches import plan, shared_beginnings
 from crucible_kitchen_torch.models import CausalModel
 from crucible_kitchen_torch.outputs import Wanted, pieces, scores_of, token_outputs
 from crucible_kitchen_torch.placement import Placement
+from crucible_kitchen_torch.unpadded import Joins, among_many
 
 __all__ = ["Accumulation", "Asked", "Pass", "combine_metrics"]
 
@@ -133,8 +134,7 @@ class Pass:
             self._room("logprobs", ())
         self.shared = shared_beginnings(self.datums, self.group) if self.model.shares and self.group > 1 else {}
         if self.batches is None:
-            split = plan_padded if self.model.pads else plan
-            self.batches = split([self._own(i) for i in range(len(self.datums))], self.group, self.budget)
+            self.batches = plan([self._own(i) for i in range(len(self.datums))], self.group, self.budget)
 
     @property
     def group(self) -> int:
@@ -208,17 +208,26 @@ class Pass:
         read = self.model.facts.reads
         given = np.concatenate([self.datums[i].inputs[read][s:] for i, s in zip(batch, skipped, strict=True)])
         if not any(skipped):
-            hidden = self.model.hidden(self._tensor(given), lengths)
+            hidden = self._states(given, lengths)
             if sum(len(c) for c in chosen) == len(given):
                 return hidden
         else:
             joins = {row: (row - i % self.group, s) for row, (i, s) in enumerate(zip(batch, skipped, strict=True)) if s}
-            hidden = self.model.hidden(self._tensor(given), lengths, joins)
+            hidden = self._states(given, lengths, joins)
         at = [
             np.where(c < s, starts[row - i % self.group] + c, starts[row] + c - s)
             for row, (i, s, c) in enumerate(zip(batch, skipped, chosen, strict=True))
         ]
         return hidden[self._tensor(np.concatenate(at))]
+
+    def _states(self, given: Array, lengths: list[int], *joins: Joins) -> Tensor:
+        def hidden(rows: Tensor) -> Tensor:
+            return self.model.hidden(rows, lengths * (len(rows) // len(given)), *joins)
+
+        return among_many(hidden, self._tensor(given), len(given))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return among_many(self.model.head, hidden, len(hidden))
 
     def _tensor(self, values: Array) -> Tensor:
         """Return integers as int64, other numbers in those of the weights, on the model's device."""
@@ -233,7 +242,7 @@ class Pass:
         wanted = Wanted("logprobs" in names, "entropy" in names, named, top if "top_logprobs" in names else 0)
         targets = self._inputs("target_tokens", batch, chosen) if wanted.logprobs else None
         teacher = self._inputs("teacher_tokens", batch, chosen) if wanted.named else None
-        found = token_outputs(hidden, self.model.head, wanted, self.model.facts.vocab_size, targets, teacher)
+        found = token_outputs(hidden, self._head, wanted, self.model.facts.vocab_size, targets, teacher)
         if "values" in names:
             assert self.value is not None
             found["values"] = self.value(hidden)
@@ -269,7 +278,7 @@ class Pass:
 
     def _later(self, hidden: Tensor) -> Tensor:
         with self.asked.weights(), self._numbers():
-            return self.model.head(hidden)
+            return self._head(hidden)
 
     def _slopes(
         self, batch: list[int], chosen: list[Array], found: Mapping[str, list[Float64Array]]
@@ -307,7 +316,7 @@ class Pass:
                 leaf = states[at].detach().requires_grad_()
                 with self._numbers():
                     found = self._outputs(leaf, [i], [c[at]])
-                    found["logits"] = scores_of(self.model.head, leaf)
+                    found["logits"] = scores_of(self._head, leaf)
                 arrays = {name: parts[0] for name, parts in self._kept(found, [i], [c[at]]).items()}
                 inputs = {name: values[c[at]] for name, values in self.datums[i].loss_inputs.items()}
                 assert self.loss is not None

@@ -35,7 +35,7 @@ class TorchTrainingClient:
             weights, gradients and optimizer in float32. ``auto`` takes bfloat16 on a GPU that has it; on a CPU it tries
             both once, in milliseconds, and logs which it took: without native bfloat16 float32 is by far the fastest.
         threads: cores for each operation; None leaves it to torch.
-        tokens_per_microbatch: most positions, padding counted, of one forward and backward.
+        tokens_per_microbatch: most positions of one forward and backward.
         deterministic: refuse operations whose result changes from run to run; needed for equal bits on a GPU.
         verify_invariance: before the first step, compare the gradient of the first batch between two splits into
             micro-batches, which costs that batch's gradient once more; ``auto`` does so on a CPU in float32 for models

@@ -16,7 +16,8 @@ from torch import Tensor
 from crucible_kitchen.types import Sampled, SamplingParams
 from crucible_kitchen_torch.drawing import Draws, draw
 from crucible_kitchen_torch.kvcache import Slots, prompt_cache, read_cache
-from crucible_kitchen_torch.trainer import Snapshot, Trainer
+from crucible_kitchen_torch.trainer import Trainer
+from crucible_kitchen_torch.weights import Snapshot
 
 __all__ = ["FIXED_ROWS", "Decoding", "Job", "capacity"]
 
@@ -155,7 +156,7 @@ class Decoding:
 
     def advance(self) -> list[tuple[Job, Sampled]]:
         """Do one turn: read a part of the waiting prompts, then one token for every row. Return what ended."""
-        with self._trainer.weights(self._snapshot), torch.inference_mode(), self._trainer.place.numbers():
+        with self._trainer.weights.as_of(self._snapshot), torch.inference_mode(), self._trainer.place.numbers():
             self._drop_cancelled()
             if self._reading:
                 self._read(self._reading[0])

@@ -1,7 +1,7 @@
 """The invariance gate: a gradient must not depend on how its batch was split into micro-batches.
 
 Knows gradients and splits, not models. It runs once, on the first batch of a run, and would catch a loss that divides
-by the size of what it sees, padding that leaks, or a loss with a memory. Read next: ``trainer.py``.
+by the size of what it sees, rows that see each other, or a loss with a memory. Read next: ``trainer.py``.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
-"""Which datums share a micro-batch, with padding and without.
+"""Which datums share a micro-batch, and which positions datums share.
 
 Knows lengths and tokens, no model. Read next: ``accumulate.py``, which computes them.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,10 +10,7 @@ import numpy as np
 from crucible_kitchen.learner.packing import balance, best_fit_decreasing
 from crucible_kitchen.types import Datum
 
-__all__ = ["plan", "plan_padded", "shared_beginnings"]
-
-BATCH_COST = 64
-"""What a micro-batch costs beside its positions, in positions: many small operations, measured on small models."""
+__all__ = ["plan", "shared_beginnings"]
 
 WORTH_SHARING = 16
 """Fewest common positions that are computed once for two datums: attention in parts costs a little."""
@@ -40,7 +36,7 @@ def shared_beginnings(datums: Sequence[Datum], group: int) -> dict[int, int]:
 
 
 def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
-    """Split datums into few micro-batches without padding, their attention about equally costly.
+    """Split datums into few micro-batches, their attention about equally costly.
 
     Best-fit decreasing, then balanced by the sum of squared lengths. The largest comes first, so that a lack of memory
     shows at once; in each, groups of like length stand together, since equal lengths attend at once. A group is never
@@ -62,36 +58,3 @@ def plan(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
         order = sorted(bins[b], key=lambda g: (-lengths[g * group], -sizes[g], g))
         found.append([i for g in order for i in range(g * group, (g + 1) * group)])
     return found
-
-
-def plan_padded(lengths: Sequence[int], group: int, budget: int) -> list[list[int]]:
-    """Split datums into micro-batches of the least cost: positions, padding counted, and ``BATCH_COST`` for each.
-
-    Groups of like length come together, the longest first, so that a lack of memory shows at once; where one
-    micro-batch ends and the next begins is found by dynamic programming. A group is never separated; one that exceeds
-    the budget alone is a micro-batch of its own.
-
-    Args:
-        lengths: T of each datum.
-        group: how many consecutive datums belong together.
-        budget: most positions of a micro-batch, padding counted.
-
-    Returns:
-        Indices of the datums of each micro-batch; groups stay whole and in order within themselves.
-    """
-    longest = [max(lengths[i : i + group]) for i in range(0, len(lengths), group)]
-    order = sorted(range(len(longest)), key=lambda g: -longest[g])
-    least = [0.0, *[math.inf] * len(order)]  # cost of the first groups
-    begin = [0] * (len(order) + 1)  # where the micro-batch that ends there begins
-    for i, g in enumerate(order):
-        wide = longest[g] * group
-        base = least[i] + BATCH_COST
-        for n in range(1, min(max(1, budget // wide), len(order) - i) + 1):
-            if base + n * wide < least[i + n]:
-                least[i + n], begin[i + n] = base + n * wide, i
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        chosen, end = order[begin[end] : end], begin[end]
-        batches.append([i for g in chosen for i in range(g * group, (g + 1) * group)])
-    return batches[::-1]

@@ -76,7 +76,6 @@ class MlpModel:
     """``CausalModel`` of a policy over observations: each observation is a position that sees no other."""
 
     module: nn.Module
-    pads = False
     shares = False
     from_seed = True
 

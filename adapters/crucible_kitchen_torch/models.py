@@ -63,9 +63,6 @@ class CausalModel(Protocol):
         """The model's tokenizer."""
         ...
 
-    pads: bool
-    """Whether ``hidden`` has to pad rows to one length."""
-
     shares: bool
     """Whether ``hidden`` takes rows that continue others."""
 

@@ -1,6 +1,7 @@
 """What a model says at each position, without ever holding scores of every token at every position.
 
-Knows hidden states and a head, not models or batches. Read next: ``passes.py``, and ``crucible_kitchen.types.Output``.
+Knows hidden states and a head, not models or batches. Read next: ``accumulate.py``, and
+``crucible_kitchen.types.Output``.
 
 Letters: M positions, D width, V vocabulary, k tokens of a position.
 """

@@ -14,8 +14,9 @@ from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLo
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import Array, Datum, Sampled, SamplingParams
 from crucible_kitchen_torch.decoding import FIXED_ROWS, Decoding, Job, capacity
-from crucible_kitchen_torch.trainer import Snapshot, Trainer
+from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.turns import Turns
+from crucible_kitchen_torch.weights import Snapshot
 
 __all__ = ["Limits", "TorchSampler"]
 

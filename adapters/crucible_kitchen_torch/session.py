@@ -167,7 +167,7 @@ class TorchSession:
         call, names = tuple(datums), frozenset(outputs)
 
         def work() -> Iterator[ForwardResult | None]:
-            return self.trainer.outputs(call, names, top, self.trainer.reference() if reference else None)
+            return self.trainer.outputs(call, names, top, self.trainer.weights.reference() if reference else None)
 
         return await self.submit(lambda: self.turns.all(work))
 

@@ -28,7 +28,6 @@ class TinyBackend:
     """``CausalModel`` of a ``TinyModel``."""
 
     module: Module
-    pads = False
     shares = True
 
     def __init__(self, model: TinyModel, *, from_seed: bool) -> None:

@@ -46,33 +46,15 @@ from crucible_kitchen_torch.options import TorchOptions
 from crucible_kitchen_torch.placement import placement
 from crucible_kitchen_torch.randomness import SessionRng
 from crucible_kitchen_torch.states import read_state
+from crucible_kitchen_torch.weights import Snapshot, Weights
 
-__all__ = ["Snapshot", "Trainer"]
+__all__ = ["Trainer"]
 
 _END = object()
 _log = logging.getLogger(__name__)
 
 VERIFIED_PARAMETERS = 10**9
 """Larger models pass the invariance gate only when asked to: it costs one more gradient."""
-
-
-class Snapshot:
-    """The trained weights as they were at one step.
-
-    Until the next optimizer step it refers to the live weights; ``Trainer`` gives it copies just before they change,
-    and only if a sampler still holds it.
-    """
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.holders = 0
-        self.weights: dict[str, Tensor] | None = None
-
-    def release(self) -> None:
-        """Give up one hold; copies go with the last."""
-        self.holders -= 1
-        if self.holders <= 0:
-            self.weights = None
 
 
 class Trainer:
@@ -105,12 +87,10 @@ class Trainer:
         self.value = self._value_head()
         self._dropouts = [m for n, m in self._module.named_modules() if "lora_dropout" in n and _drops(m)]
         head = {f"value_head.{n}": p for n, p in self.value.named_parameters()} if self.value is not None else {}
-        self._params = {n: p for n, p in self._module.named_parameters() if p.requires_grad} | head
-        self._kept = dict(self._module.named_parameters()) | head if self.model.from_seed else self._params
-        self._holders = (*self._module.parameters(), *head.values())  # of gradients
-        self._adam = Adam(self._params)
-        self._snapshot: Snapshot | None = None
-        self._reference = self._frozen() if spec.reference else None
+        trained = {n: p for n, p in self._module.named_parameters() if p.requires_grad} | head
+        fixed = {n: p for n, p in self._module.named_parameters() if n not in trained and self.model.from_seed}
+        self.weights = Weights(trained, fixed, reference=spec.reference)
+        self._adam = Adam(trained)
         self._verify = options.verify_invariance
         self._notes: dict[str, float] = {}  # metrics of the next step
         self._halved = False
@@ -124,7 +104,7 @@ class Trainer:
             model=self._spec.model,
             architecture=facts.architecture,
             parameters=sum(p.numel() for p in self._module.parameters()) + self._head_size(),
-            trainable_parameters=sum(p.numel() for p in self._params.values()),
+            trainable_parameters=sum(p.numel() for p in self.weights.trained.values()),
             context_length=facts.context_length,
             vocab_size=facts.vocab_size,
             hidden_size=facts.hidden_size,
@@ -145,20 +125,9 @@ class Trainer:
     def _head_size(self) -> int:
         return sum(p.numel() for p in self.value.parameters()) if self.value is not None else 0
 
-    @torch.no_grad()
-    def _frozen(self) -> Snapshot:
-        """Return the weights that are trained, as they are at the beginning."""
-        kept = Snapshot(0)
-        kept.weights = {n: p.detach().clone() for n, p in self._params.items()}
-        return kept
-
     def _values(self, hidden: Tensor) -> Tensor:
         assert self.value is not None
         return self.value(self.model.valued(hidden))  # type: ignore[no-any-return]
-
-    def _forget_grads(self) -> None:
-        for p in self._holders:
-            p.grad = None
 
     def gradient(
         self, datums: Sequence[Datum], loss: str | Loss | OutputsLoss, into: Accumulation, order: int | None
@@ -174,7 +143,7 @@ class Trainer:
         into.keys += (keys := [d.key for d in datums])
         if not math.isfinite(work.total):
             raise NonFiniteLoss("the loss", self.position + 1, keys)
-        grads = self._taken()
+        grads = self.weights.take_gradients()
         if self._gate_is_due(work):
             yield from self._pass_gate(work, grads)
         into.add(grads, order)
@@ -197,11 +166,11 @@ class Trainer:
         """
         while True:
             work = Pass(self.model, datums, loss, self.budget, batches, self.place, self._values)
-            self._forget_grads()
+            self.weights.forget_gradients()
             try:
                 yield from work.run() if batches else self._in_training_mode(work.run())
             except Exception as error:
-                self._forget_grads()
+                self.weights.forget_gradients()
                 if not is_out_of_memory(error) or not self._halve(work):
                     raise
             else:
@@ -210,23 +179,13 @@ class Trainer:
     def _halve(self, work: Pass) -> bool:
         """Halve the micro-batches if that was not done before and helps."""
         batches = work.batches or ()
-        most = max(self._positions(work, b) for b in batches)
+        most = max(sum(len(work.datums[i]) for i in b) for b in batches)
         if self._halved or all(len(b) == work.group for b in batches):
             return False
         self._halved = True
         self.budget = max(1, min(self.budget, most) // 2)
         _log.warning("not enough memory: micro-batches are halved, to %d positions", self.budget)
         return True
-
-    def _positions(self, work: Pass, batch: list[int]) -> int:
-        lengths = [len(work.datums[i]) for i in batch]
-        return len(lengths) * max(lengths) if self.model.pads else sum(lengths)
-
-    def _taken(self) -> list[Tensor]:
-        """Return the gradient that autograd left and leave none."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._params.values()]
-        self._forget_grads()
-        return grads
 
     def _gate_is_due(self, work: Pass) -> bool:
         if self._verify == "off" or self.position or len(work.datums) < 2 * work.group:
@@ -246,9 +205,11 @@ class Trainer:
         batches = work.batches or ()
         if self._dropouts:
             yield from self._backward(work.datums, work.loss, batches)
-            grads = self._taken()
+            grads = self.weights.take_gradients()
         yield from self._backward(work.datums, work.loss, other_split(batches, work.group))
-        difference = compare(list(self._params), grads, self._taken(), TOLERANCE[self.place.dtype])
+        difference = compare(
+            list(self.weights.trained), grads, self.weights.take_gradients(), TOLERANCE[self.place.dtype]
+        )
         self._verify = "off"  # once in a session
         self._notes = {"invariance_check_s": time.perf_counter() - began, "invariance_difference": difference}
 
@@ -271,26 +232,16 @@ class Trainer:
         self._check(datums, ("target_tokens",) if "logprobs" in names else ())
         if "top_logprobs" in names:
             check_top(top, self.model.facts)
-        asked = Asked(names, top, self._still(self.position), lambda: self.weights(at))
+        asked = Asked(names, top, self._still(self.position), lambda: self.weights.as_of(at))
         work = Pass(self.model, datums, None, self.budget, place=self.place, value=self._values, asked=asked)
         turns = work.run()
         while True:
-            with self.weights(at):
+            with self.weights.as_of(at):
                 done = next(turns, _END) is _END
             if done:
                 break
             yield None
         yield ForwardResult(work.logprobs, _besides_logprobs(work))
-
-    def reference(self) -> Snapshot:
-        """Return the weights as they were when the session was opened.
-
-        Raises:
-            BackendUserError: they were not kept.
-        """
-        if self._reference is None:
-            raise BackendUserError("this session keeps no reference", hint="open it with reference=True")
-        return self._reference
 
     def _still(self, position: int) -> Callable[[], None]:
         def check() -> None:
@@ -334,7 +285,7 @@ class Trainer:
         norm = self._adam.norm(grads, scale)
         if not math.isfinite(norm):
             raise NonFiniteLoss("the gradient", self.position + 1, accumulated.keys)
-        self._freeze_snapshot()
+        self.weights.will_change()
         self._adam.apply(grads, norm, params)
         self.position += 1
         notes, self._notes = self._notes, {}
@@ -342,33 +293,7 @@ class Trainer:
 
     def snapshot(self) -> Snapshot:
         """Return the weights as they are now, held once more."""
-        if self._snapshot is None:
-            self._snapshot = Snapshot(self.position)
-        self._snapshot.holders += 1
-        return self._snapshot
-
-    @torch.no_grad()
-    def _freeze_snapshot(self) -> None:
-        """Copy the live weights for those who hold them, just before they change."""
-        held, self._snapshot = self._snapshot, None
-        if held is not None and held.holders > 0:
-            held.weights = {n: p.detach().clone() for n, p in self._kept.items()}
-
-    @contextmanager
-    def weights(self, at: Snapshot | None) -> Iterator[None]:
-        """Compute inside the block with the weights of a snapshot in place of the live ones, None for those."""
-        if at is None or at.weights is None:
-            yield
-            return
-        swapped = {n: self._kept[n] for n in at.weights}
-        live = {n: p.data for n, p in swapped.items()}
-        for n, p in swapped.items():
-            p.data = at.weights[n]
-        try:
-            yield
-        finally:
-            for n, p in swapped.items():
-                p.data = live[n]
+        return self.weights.snapshot(self.position)
 
     @property
     def directory(self) -> Path:
@@ -378,7 +303,7 @@ class Trainer:
     @torch.no_grad()
     def copy_state(self) -> tuple[dict[str, Tensor], JsonObject]:
         """Copy the weights (those that train, where the others are found elsewhere), moments and random state."""
-        tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in self._kept.items()}
+        tensors: dict[str, Tensor] = {f"weights/{n}": t for n, t in self.weights.tensors().items()}
         tensors |= {f"adam/{key}": t for key, t in self._adam.tensors().items()}
         tensors |= {f"rng/{key}": t for key, t in self.rng.tensors().items()}
         facts: JsonObject = {
@@ -413,14 +338,12 @@ class Trainer:
         """Take over the weights of a state; return all that it holds."""
         tensors, facts = read_state(state)
         weights = _below("weights/", tensors)
-        if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in self._kept.items()}:
+        if not self.weights.fit(weights):
             raise BackendUserError(
                 f"the state is one of {facts['model']!r} with other trained weights",
                 hint="open the session with the model and LoRA the state was saved with",
             )
-        self._freeze_snapshot()
-        for n, p in self._kept.items():
-            p.copy_(weights[n])
+        self.weights.restore(weights)
         return tensors, facts
 
     def export(self, directory: str) -> ExportedModel:

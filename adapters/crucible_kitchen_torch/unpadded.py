@@ -17,10 +17,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Joins", "Run", "attend_by_run", "looks_back", "padded", "positions", "runs", "unpadded"]
+__all__ = ["Joins", "Run", "among_many", "attend_by_run", "looks_back", "positions", "runs"]
 
 Joins: TypeAlias = Mapping[int, tuple[int, int]]
 """By the number of a row that continues another: that row's number, and how many of its positions are shared."""
+
+
+LEAST = 16
+"""Fewest positions of a matrix product that have the bits that they have among many: fewer take other kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +121,16 @@ def _rows(x: Tensor, run: Run) -> Tensor:
     return x.view(x.shape[0], run.rows, run.length, x.shape[2]).transpose(0, 1)
 
 
-def padded(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return rows [R, T] of tokens [N], padded on the right, where causal attention never looks."""
-    return torch.nn.utils.rnn.pad_sequence(list(torch.split(tokens, list(lengths))), batch_first=True)
+def among_many(fn: Callable[[Tensor], Tensor], rows: Tensor, positions: int) -> Tensor:
+    """Return what a function gives for rows; a few positions are computed with copies of themselves.
 
+    So a row's bits do not depend on how many others there are: in float32 the gradient of eight tokens would differ by
+    1.1e-6 from that of two times four.
 
-def unpadded(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return [N, D] of padded rows [R, T, D]."""
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    return hidden[columns < torch.tensor(lengths, device=hidden.device)[:, None]]
+    Args:
+        fn: maps [R, ...] to [R, ...], row by row.
+        rows: [R, ...].
+        positions: how many these rows have together.
+    """
+    times = -(-LEAST // positions)
+    return fn(rows) if times == 1 else fn(torch.cat([rows] * times))[: len(rows)]

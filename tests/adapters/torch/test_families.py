@@ -92,7 +92,7 @@ def reference(directory):
 
 def test_a_family_is_scored_as_transformers_does_trained_restored_and_exported(tmp_path, family):
     trainer = opened(tmp_path, family)
-    assert not trainer.model.pads
+    assert trainer.model.joins_rows
     np.testing.assert_allclose(look(trainer), reference(family), rtol=0, atol=1e-5)
     assert train(trainer).metrics["invariance_difference"] <= 1e-5
     after, state = look(trainer), save(trainer, "one")
@@ -108,13 +108,13 @@ def test_a_family_is_scored_as_transformers_does_trained_restored_and_exported(t
     np.testing.assert_allclose(look(trainer), reference(directory), rtol=0, atol=1e-5)
 
 
-def test_a_family_that_takes_no_attention_function_is_padded(tmp_path, llama, monkeypatch):
+def test_a_family_that_takes_no_attention_function_is_computed_by_length(tmp_path, llama, monkeypatch):
     grads = []
-    for pads in (False, True):
-        if pads:
+    for joins in (True, False):
+        if not joins:
             monkeypatch.setattr("crucible_kitchen_torch.huggingface.use_unpadded", lambda _: False)
         trainer = opened(tmp_path, llama)
-        assert trainer.model.pads is pads
+        assert trainer.model.joins_rows is joins
         total = Accumulation()
         list(trainer.gradient(DATUMS, "cross_entropy", total, None))
         grads.append(torch.cat([g.flatten() for g in total.total()]))

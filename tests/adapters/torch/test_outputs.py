@@ -88,9 +88,12 @@ def test_the_gradient_of_every_output_is_that_of_autograd(tmp_path, monkeypatch,
     (*_, result) = t.gradient(rows, LOSSES[loss], total, None)
     found = torch.cat([g.flatten() for g in total.total()])
     expected = sum(in_torch(t, d, loss) for d in rows)
-    grads = torch.autograd.grad(expected, list(t._params.values()), allow_unused=True)
+    grads = torch.autograd.grad(expected, list(t.weights.trained.values()), allow_unused=True)
     flat = torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(t._params.values(), grads, strict=True)]
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for p, g in zip(t.weights.trained.values(), grads, strict=True)
+        ]
     )
     assert result.loss == pytest.approx(float(expected.detach()), rel=1e-12)
     assert float((found - flat).norm() / flat.norm()) <= 1e-12

@@ -168,6 +168,15 @@ async def test_the_end_of_the_context_ends_a_sample(tmp_path, llama):
                 await sampler.sample([5], params)
 
 
+async def test_nothing_to_draw_is_refused_and_the_session_stays_usable(tmp_path):
+    async with session(tmp_path) as opened:
+        sampler = await opened.sampler()
+        for tokens, samples in ((0, 1), (-1, 1), (4, 0)):
+            with pytest.raises(BackendUserError, match="1 or more"):
+                await sampler.sample([5], replace(SEEDED, max_tokens=tokens), samples)
+        assert len(await sampler.sample([5], SEEDED, 2)) == 2
+
+
 async def test_requests_without_a_seed_take_theirs_from_the_session(tmp_path):
     found = []
     for _ in range(2):

@@ -256,18 +256,6 @@ async def test_a_stream_that_is_left_frees_its_slot(tmp_path):
             await sampler.sample([5], PARAMS)
 
 
-async def test_greedy_tokens_are_those_of_generate(tmp_path, llama):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    async with session(tmp_path, llama) as opened:
-        sampler = await opened.sampler()
-        samples = await at_once(sampler, [(p, replace(PARAMS, temperature=0.0, max_tokens=30), 1) for p in PROMPTS])
-        for prompt, (sample,) in zip(PROMPTS, samples, strict=True):
-            out = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=1)
-            assert out[0, len(prompt) :].tolist() == sample.tokens.tolist()
-
-
 async def test_the_distribution_drawn_from_is_that_of_generate(tmp_path, llama):
     """Scores that ``generate`` processes with the same settings give our log-probabilities of our own tokens."""
     from transformers import AutoModelForCausalLM
@@ -320,6 +308,21 @@ def random_model(family, llama, directory):
     for file in llama.glob("*token*"):
         (directory / file.name).write_bytes(file.read_bytes())
     return directory
+
+
+@pytest.mark.parametrize("family", [None, "Mistral", "Gemma2", "Gemma3", "Qwen3", "GPT2"])
+async def test_greedy_tokens_asked_for_at_once_are_those_of_generate(tmp_path, llama, family):
+    from transformers import AutoModelForCausalLM
+
+    (directory := tmp_path / "model").mkdir()
+    directory = random_model(family, llama, directory) if family else llama
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    async with session(tmp_path, directory) as opened:
+        sampler = await opened.sampler()
+        samples = await at_once(sampler, [(p, replace(PARAMS, temperature=0.0, max_tokens=30), 1) for p in PROMPTS])
+        for prompt, (sample,) in zip(PROMPTS, samples, strict=True):
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=1)
+            assert out[0, len(prompt) :].tolist() == sample.tokens.tolist()
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Gemma3", "Qwen3", "GPT2"])

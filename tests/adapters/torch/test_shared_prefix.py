@@ -39,7 +39,7 @@ def trainer(tmp_path, llama, kind, dtype, budget=4096):
     if KINDS[kind] is not None:  # a new adapter has half of its gradients at zero
         torch.manual_seed(1)
         with torch.no_grad():
-            for p in t._params.values():
+            for p in t.weights.trained.values():
                 p.add_(0.02 * torch.randn_like(p))
     return t
 
