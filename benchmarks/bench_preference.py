@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import anyio
 import numpy as np
+from _loops import RATE, Contender, measured, median, opened
 from _table import machine, print_table
-from bench_training import RATE, Contender, llama, measured, opened, settings
+from bench_training import llama, settings
 
 from crucible_kitchen.learner import DPO
 from crucible_kitchen.stages.distillation_data import answer_datum
@@ -161,7 +162,7 @@ async def main() -> None:
             contenders["TRL DPOTrainer"] = trl(model, data, directory, args.batch)
         except ImportError as error:
             print(f"TRL is absent ({error}): run `make peers` first\n", file=sys.stderr)
-        taken = await measured(contenders, args.repetitions)
+        taken = median(await measured(contenders, args.repetitions))
     wall, cpu = taken["executor"]
     what = f"Llama 4 x 192, {args.pairs} pairs, {args.batch} a step"
     lines: list[tuple[str, ...]] = []

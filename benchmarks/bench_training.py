@@ -2,41 +2,35 @@
 
 Prints one table. All contenders run in this process, one after the other in every repetition, on the same rows; wall
 and CPU seconds (all threads) are medians. TRL is looked for on the path and in ``--peers``, which ``make peers`` fills;
-what is absent is said. Peak memory is measured in a process of its own for each contender.
+what is absent is said. Peak memory is measured in a process of its own for each contender; the overhead around torch,
+which is less than what the place of a process's memory makes of a step, is the median over several processes.
 
     python benchmarks/bench_training.py [--rows 64] [--repetitions 5] [--threads 1] [--peers .peers]
 """
 
 import argparse
-import gc
 import json
 import logging
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import anyio
-import numpy as np
+from _loops import BUDGET, RATE, Contender, Taken, even, measured, median, opened, ours, plain, rows, unpadded
 from _table import machine, print_table
 
 from crucible_kitchen.errors import MissingExtra
-from crucible_kitchen.types import AdamParams, Datum, LoraSpec, SessionSpec
-from crucible_kitchen_torch import TorchTrainingClient
+from crucible_kitchen.types import Datum, LoraSpec
 from crucible_kitchen_torch.memory import peak_memory
-from crucible_kitchen_torch.microbatches import plan, plan_padded
-from crucible_kitchen_torch.unpadded import positions, runs
 
-Contender = Callable[[], Awaitable[None]]
 Line = tuple[str, str, str, str, str]
-RATE = AdamParams(1e-4, grad_clip_norm=1.0)
-BUDGET = 1024
+PROCESSES = 5
 
 
 def options() -> argparse.Namespace:
@@ -45,7 +39,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", default=".peers")
-    parser.add_argument("--memory", choices=["ours", "trl", "nothing"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["tiny", "memory-ours", "memory-trl"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -65,93 +59,6 @@ def llama(directory: Path, vocab_size: int) -> Path:
     config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=2048, eos_token_id=0, **shape)
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
-
-
-def rows(count: int, vocab_size: int) -> list[Datum]:
-    """Rows of log-normal length, sigma 0.8, median 122."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(np.exp(rng.normal(4.8, 0.8, count)), 8, 1024).astype(int)
-    return [Datum.from_tokens(rng.integers(2, vocab_size, n), [1.0] * n) for n in lengths]
-
-
-def even(count: int, length: int, vocab_size: int) -> list[Datum]:
-    """Rows of one length."""
-    rng = np.random.default_rng(0)
-    return [Datum.from_tokens(rng.integers(2, vocab_size, length + 1), [1.0] * (length + 1)) for _ in range(count)]
-
-
-async def opened(stack: AsyncExitStack, model: str, lora: LoraSpec | None, threads: int) -> Any:
-    client = TorchTrainingClient(threads=threads, tokens_per_microbatch=BUDGET, verify_invariance="off")
-    directory = stack.enter_context(tempfile.TemporaryDirectory())
-    return await stack.enter_async_context(client.open_session(SessionSpec(model, lora, 0, directory)))
-
-
-def ours(session: Any, data: Sequence[Datum], per_step: int) -> Contender:
-    async def run() -> None:
-        for start in range(0, len(data), per_step):
-            batch = data[start : start + per_step]
-            async with session.step(session.position) as step:
-                gradient = await step.forward_backward(batch)
-                applied = await step.apply(RATE, scale=1 / sum(len(d) for d in batch))
-                await gradient
-                await applied
-
-    return run
-
-
-def plain(model: Any, head: Callable[[Any], Any], data: Sequence[Datum], budget: int) -> Contender:
-    """A loop as one writes it by hand: padded micro-batches of the same plan, cross-entropy, fused AdamW."""
-    import torch
-    from torch.nn import functional as F
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE.learning_rate, fused=True)
-    batches = []
-    for batch in plan_padded([len(d) for d in data], 1, budget):
-        width = max(len(data[i]) for i in batch)
-        tokens, targets = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
-        for row, i in enumerate(batch):
-            tokens[row, : len(data[i])] = torch.from_numpy(data[i].inputs["tokens"])
-            targets[row, : len(data[i])] = torch.from_numpy(data[i].loss_inputs["target_tokens"])
-        batches.append((tokens, targets))
-    total = sum(len(d) for d in data)
-
-    async def run() -> None:
-        for tokens, targets in batches:
-            loss = F.cross_entropy(head(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-            (loss / total).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RATE.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def unpadded(model: Any, data: Sequence[Datum], budget: int) -> Contender:
-    """A loop over the executor's own micro-batches of the built-in model: what differs is the executor around torch."""
-    import torch
-    from torch.nn import functional as F
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE.learning_rate, fused=True)
-    lengths = [len(d) for d in data]
-    total = sum(lengths)
-    batches = []
-    for batch in plan(lengths, 1, budget):
-        tokens, targets = (
-            torch.from_numpy(np.concatenate([rows[i] for i in batch]))
-            for rows in ([d.inputs["tokens"] for d in data], [d.loss_inputs["target_tokens"] for d in data])
-        )
-        batches.append((tokens, targets, [lengths[i] for i in batch]))
-
-    async def run() -> None:
-        for tokens, targets, own in batches:
-            hidden = model(tokens[None], positions=positions(own, tokens.device), rows=runs(own))[0]
-            loss = F.cross_entropy(model.lm_head(hidden), targets, reduction="sum")
-            (loss / total).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RATE.grad_clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
 
 
 def padded(datum: Datum) -> dict[str, list[int]]:
@@ -220,22 +127,9 @@ def hf_peft(model: Path, data: Sequence[Datum], directory: str) -> Contender:
     return run
 
 
-async def measured(contenders: dict[str, Contender], repetitions: int) -> dict[str, tuple[float, float]]:
-    """Median wall and CPU seconds of each; interleaved, after one run that does not count."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for repetition in range(repetitions + 1):
-        for name, run in contenders.items():
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            await run()
-            if repetition:
-                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {n: (statistics.median(w for w, _ in v), statistics.median(c for _, c in v)) for n, v in found.items()}
-
-
-def lines(what: str, taken: dict[str, tuple[float, float]], tokens: int, targets: dict[str, str]) -> list[Line]:
+def lines(what: str, taken: Taken, tokens: int, targets: dict[str, str]) -> list[Line]:
     """The first is the executor; the others are what it is compared with."""
-    (mine, (wall, cpu)), *others = taken.items()
+    (mine, (wall, cpu)), *others = median(taken).items()
     found = [(what, mine, f"{tokens / wall:,.0f}", f"{tokens / cpu:,.0f}", "")]
     for name, (w, c) in others:
         target = f", wanted {targets[name]}" if name in targets else ""
@@ -244,25 +138,36 @@ def lines(what: str, taken: dict[str, tuple[float, float]], tokens: int, targets
     return found
 
 
-async def against_plain_loop(args: argparse.Namespace, stack: AsyncExitStack) -> list[Line]:
-    """tiny, 64 rows of 64 tokens: 4,096 a step."""
-    import torch
+PADDED, SAME = "plain loop, one padded batch", "plain loop, the same micro-batches"
 
+
+async def tiny(args: argparse.Namespace, stack: AsyncExitStack) -> Taken:
+    """One process's share of ``against_plain_loop``: 64 rows of 64 tokens a step."""
     from crucible_kitchen_torch.tiny import TinyConfig, TinyModel
 
     data = even(64, 64, 256)
     one, two = TinyModel(TinyConfig()), TinyModel(TinyConfig())
-    rows = "plain loop, the same micro-batches"
     session = await opened(stack, "tiny", None, args.threads)
     contenders = {
         "executor": ours(session, data, 64),
-        "plain loop, one padded batch": plain(one, lambda t: one.lm_head(one(t)), data, 10**6),
-        rows: unpadded(two, data, BUDGET),
+        PADDED: plain(one, lambda t: one.lm_head(one(t)), data, 10**6),
+        SAME: unpadded(two, data, BUDGET),
     }
-    tokens = 64 * 64
-    taken = await measured(contenders, 3 * args.repetitions)
-    weights = sum(p.numel() for p in one.parameters()) - one.embed.weight.numel()
-    config = one.config
+    return await measured(contenders, 3 * args.repetitions)
+
+
+def against_plain_loop(args: argparse.Namespace) -> list[Line]:
+    """tiny, 4,096 tokens a step."""
+    import torch
+
+    from crucible_kitchen_torch.tiny import TinyConfig, TinyModel
+
+    tokens, taken = 64 * 64, dict[str, list[tuple[float, float]]]()
+    for _ in range(PROCESSES):
+        for name, seconds in apart(args, "tiny").items():
+            taken.setdefault(name, []).extend(seconds)
+    model = TinyModel(config := TinyConfig())
+    weights = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel()
     work = 6 * weights * tokens + 12 * config.layers * config.width * 64 * tokens
     a = torch.randn(1024, 1024)
     rate = 0.0
@@ -270,8 +175,8 @@ async def against_plain_loop(args: argparse.Namespace, stack: AsyncExitStack) ->
         cpu = time.process_time()
         a @ a
         rate = max(rate, 2 * 1024**3 / (time.process_time() - cpu))
-    reached = work / taken["executor"][1] / rate
-    found = lines("tiny, 4,096 tokens a step", taken, tokens, {"plain loop, one padded batch": "0.97", rows: "0.98"})
+    reached = work / median(taken)["executor"][1] / rate
+    found = lines("tiny, 4,096 tokens a step", taken, tokens, {PADDED: "0.97", SAME: "0.98"})
     limit = f"executor reaches {reached:.0%} of it"
     return [
         *found,
@@ -285,7 +190,7 @@ async def against_trl(args: argparse.Namespace, stack: AsyncExitStack, model: Pa
     data = rows(args.rows, 8192)
     causal = AutoModelForCausalLM.from_pretrained(model)
     steps = [
-        plain(causal, lambda t: causal(input_ids=t, use_cache=False).logits, data[s : s + 32], 10**6)
+        plain(causal, lambda t: causal(input_ids=t, use_cache=False).logits, data[s : s + 32], 512)
         for s in range(0, len(data), 32)
     ]
 
@@ -316,34 +221,43 @@ async def against_peft(args: argparse.Namespace, stack: AsyncExitStack, model: P
     return lines(what, taken, sum(len(d) for d in data), {"peft, transformers' Trainer": "1.1"})
 
 
-async def memory(args: argparse.Namespace) -> None:
-    """Print this process's peak of memory after one step on a vocabulary of 49,152, in MB."""
+async def memory(args: argparse.Namespace, stack: AsyncExitStack) -> float:
+    """This process's peak of memory after one step on a vocabulary of 49,152, in MB."""
     import torch
 
     data = even(8, 255, 49_152)
-    async with AsyncExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory())
-        model = llama(Path(directory), 49_152)
-        if args.memory == "trl":
-            await trl(model, data, directory, packing=False)()
-        elif args.memory == "ours":
-            await ours(await opened(stack, str(model), None, args.threads), data, 8)()
+    directory = stack.enter_context(tempfile.TemporaryDirectory())
+    model = llama(Path(directory), 49_152)
+    if args.part == "memory-trl":
+        await trl(model, data, directory, packing=False)()
+    else:
+        await ours(await opened(stack, str(model), None, args.threads), data, 8)()
     # Not what getrusage counts, which a process inherits from its parent.
-    print(json.dumps(peak_memory(torch.device("cpu"))["peak_memory_bytes"] / 2**20))
+    return peak_memory(torch.device("cpu"))["peak_memory_bytes"] / 2**20
+
+
+def apart(args: argparse.Namespace, part: str) -> Any:
+    """Measure a part in a process of its own.
+
+    Raises:
+        ImportError: it needs TRL, which is absent.
+    """
+    given = {"part": part, "threads": args.threads, "repetitions": args.repetitions, "peers": args.peers}
+    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in given.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ImportError(done.stderr.strip().rpartition("\n")[2])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peaks(args: argparse.Namespace) -> list[Line]:
-    found: dict[str, float] = {}
-    for who in ("ours", "trl"):
-        command = [sys.executable, __file__, "--memory", who, "--threads", str(args.threads), "--peers", args.peers]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            found[who] = json.loads(done.stdout.splitlines()[-1])
-    what = "peak memory, 49,152 words, 8 x 256 tokens, MB"
-    ratio = f"executor {found['ours'] / found['trl']:.2f} x, wanted 0.8 at most" if len(found) == 2 else "TRL absent"
-    return [
-        (what, who, f"{mb:,.0f}", "", ratio if who == "trl" or len(found) == 1 else "") for who, mb in found.items()
-    ]
+    what, mine = "peak memory, 49,152 words, 8 x 256 tokens, MB", apart(args, "memory-ours")
+    found = [(what, "executor", f"{mine:,.0f}", "", "")]
+    try:
+        theirs = apart(args, "memory-trl")
+    except ImportError:
+        return found
+    return [*found, (what, "TRL", f"{theirs:,.0f}", "", f"executor {mine / theirs:.2f} x, wanted 0.8 at most")]
 
 
 async def main() -> None:
@@ -354,14 +268,14 @@ async def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
-    if args.memory:
-        await memory(args)
+    if args.part:
+        async with AsyncExitStack() as stack:
+            print(json.dumps(await (tiny if args.part == "tiny" else memory)(args, stack)))
         return
-    found: list[Line] = []
+    found = against_plain_loop(args)
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         model = llama(Path(directory, "model"), 8192)
-        found += await against_plain_loop(args, stack)
         found += await against_trl(args, stack, model, directory)
         try:
             found += await against_peft(args, stack, model, directory)
