@@ -59,7 +59,7 @@ def load(steps, seed=0):
 
 
 class Sleeper:
-    """Sleeps whose sum is exact: a loop's timer rings up to a millisecond late, and that is taken off the next sleep."""
+    """Sleeps whose sum is exact: a timer rings up to a millisecond late, which the next sleep makes up for."""
 
     def __init__(self):
         self.late = 0.0
