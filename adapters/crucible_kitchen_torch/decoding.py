@@ -1,4 +1,4 @@
-"""Samples being decoded together: prompts are read, rows join and leave, every turn is one token for every row.
+"""Samples being decoded together: prompts are read, rows join and leave, every advance is one token for every row.
 
 Knows models and weights, not who waits. Read next: ``drawing.py``, ``kvcache.py``, and ``sampling.py``, which feeds it.
 
@@ -155,7 +155,7 @@ class Decoding:
         return sorted(groups, key=lambda group: min(place[p] for p in group))
 
     def advance(self) -> list[tuple[Job, Sampled]]:
-        """Do one turn: read a part of the waiting prompts, then one token for every row. Return what ended."""
+        """Advance once: read a part of the waiting prompts, then one token for every row. Return what ended."""
         with self._trainer.weights.as_of(self._snapshot), torch.inference_mode(), self._trainer.place.numbers():
             self._drop_cancelled()
             if self._reading:

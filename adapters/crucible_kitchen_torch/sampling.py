@@ -1,4 +1,4 @@
-"""Samplers: requests join and leave a batch that is decoded a step per turn of the lane.
+"""Samplers: requests join and leave a batch that is decoded a few tokens per turn of the lane.
 
 Knows requests and their ends, not how a token is drawn. Read next: ``decoding.py``.
 """
@@ -19,6 +19,9 @@ from crucible_kitchen_torch.turns import Turns
 from crucible_kitchen_torch.weights import Snapshot
 
 __all__ = ["Limits", "TorchSampler"]
+
+_STEPS = 16
+"""Tokens per row in one turn of the lane, at most: a turn costs a third of a millisecond, and must stay short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +286,7 @@ class TorchSampler:
         """Advance one batch by a turn and hand out what ended; an error ends all of its requests."""
         batch = self._batches[key]
         try:
-            for job, sampled in await self._turns.one(batch.advance):
+            for job, sampled in await self._turns.one(self._advance, batch):
                 job.request.deliver(job.index, sampled)
         except Exception as error:  # noqa: BLE001 - carried to whoever asked
             for job in batch.jobs:
@@ -294,6 +297,20 @@ class TorchSampler:
             request.progress.set()
         if not batch.jobs:
             self._batches.pop(key, None)
+
+    def _advance(self, batch: Decoding) -> list[tuple[Job, Sampled]]:
+        """Decode a token per row in the lane, and more as long as no sample has ended and nobody waits for that."""
+        ended: list[tuple[Job, Sampled]] = []
+        for _ in range(_STEPS):
+            ended = batch.advance()
+            if ended or not batch.jobs or self._awaited():
+                break
+        return ended
+
+    def _awaited(self) -> bool:
+        """Return whether somebody waits for what can only be done between two turns; asked in the lane."""
+        alone = self._serving and len(self._batches) == 1 and not self._watched
+        return not alone or bool(self._waiting) or self._turns.wanted
 
     async def compute_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Array]:
         """See ``Sampler``."""

@@ -21,6 +21,11 @@ class Turns:
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody else waits for the lane."""
+        return self._lane.wanted
+
     async def one(self, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run a function as one turn."""
 

@@ -145,6 +145,11 @@ class Lane:
             raise call.error
         return call.result  # type: ignore[no-any-return]
 
+    @property
+    def wanted(self) -> bool:
+        """Whether another call waits for the thread; may be asked in the thread itself."""
+        return not self._calls.empty()
+
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call.run()

@@ -232,7 +232,7 @@ class Place:
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.directory,
-            env=environment(),
+            env=environment() | {"PYTEST_DEBUG_TEMPROOT": str(self.directory)},  # where a reader's pytest leaves things
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
