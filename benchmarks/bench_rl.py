@@ -4,7 +4,8 @@ Four tables:
 
 - overlap efficiency ``T_ideal / T_step`` under the standard load (8 groups per batch, 8 at a time, log-normal rollouts
   of 50 ms with sigma 1, a learner of 50 ms), per staleness K: rollouts sleep for real, beside a plain loop of
-  ``anyio`` tasks without overlap in the same run; and the strict policies with their price, in simulated time;
+  ``anyio`` tasks without overlap and workers without a learner in the same run; and the strict policies with their
+  price, in simulated time;
 - a group of 8 rollouts through actors, queue, gate and ledgers, beside a bare task group of 8 empty children;
 - 1,000 groups at a time in one process;
 - memory while 10,000 groups go through.
@@ -102,10 +103,31 @@ async def in_turn(steps, seconds):
     return time.perf_counter() - began
 
 
+async def rollouts_alone(seconds):
+    """Let eight workers roll out and nobody learn: the limit of this load, with its end and this machine's timers."""
+    left = iter(seconds)
+
+    async def work():
+        for each in left:
+            await anyio.sleep(each)
+
+    began = time.perf_counter()
+    async with anyio.create_task_group() as group:
+        for _ in range(BATCH):
+            group.start_soon(work)
+    return time.perf_counter() - began
+
+
 def overlap(steps):
     seconds = load(steps)
     ideal = max(LEARN, BATCH * statistics.mean(seconds) / BATCH) * steps
-    rows = [("rollouts and learning in turn", f"{ideal / asyncio.run(in_turn(steps, seconds)):.3f}", "0 %", "0", "0")]
+    rows = [
+        (what, f"{ideal / asyncio.run(loop):.3f}", "0 %", "0", "0")
+        for what, loop in (
+            ("rollouts and learning in turn", in_turn(steps, seconds)),
+            ("rollouts without learning", rollouts_alone(seconds)),
+        )
+    ]
     for k in (0, 1, 2, 4):
         wall, dropped, mean, most = anyio.run(overlapped, steps, k, seconds)
         rows.append((f"K = {k}", f"{ideal / wall:.3f}", f"{dropped / (steps * BATCH):.0%}", f"{mean:.2f}", str(most)))
