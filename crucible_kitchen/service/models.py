@@ -84,7 +84,6 @@ class TrainedModel:
         self._arrived = anyio.Event()
         self._step: _Step | None = None
         self._applied: Awaitable[Any] | None = None
-        self._last_attempt = 0
         self._scope = anyio.CancelScope()
         self._opened = anyio.Event()
         self.failure: Exception | None = None
