@@ -6,7 +6,7 @@ is made from this file. It knows no sink and no store. Read next: ``crucible_kit
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 __all__ = [
     "EVENTS",
@@ -61,8 +61,7 @@ class Event:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class EventRecord:
+class EventRecord(NamedTuple):
     """An event at its place in a run's log.
 
     Attributes:

@@ -5,17 +5,20 @@ It knows the events' fields and no database. Read next: ``crucible_kitchen.store
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
-from pydantic_core import to_json
+from pydantic import PydanticSchemaGenerationError, TypeAdapter
+from pydantic_core import SchemaSerializer, to_json
+from pydantic_core.core_schema import CoreConfig, any_schema
 
 from crucible_kitchen.errors import StoreError
-from crucible_kitchen.events import EventRecord, event_from_json
+from crucible_kitchen.events import Event, EventRecord, event_from_json
 from crucible_kitchen.store.records import Checkpoint
 from crucible_kitchen.types import Json
 
-__all__ = ["decode_event", "encode_json", "sealed", "through_json"]
+__all__ = ["decode_event", "encode_event", "encode_json", "sealed", "through_json"]
 
 
 def _plain(value: object) -> Any:
@@ -27,7 +30,7 @@ def _plain(value: object) -> Any:
 
 
 def encode_json(value: object) -> str:
-    """Write a value (a mapping, or an event's fields) as compact JSON.
+    """Write a value as compact JSON.
 
     pydantic's serializer takes a third of the time of the standard library's, which matters because the writer's
     thread shares the interpreter with the run. NaN and infinity stay what they are.
@@ -35,9 +38,27 @@ def encode_json(value: object) -> str:
     try:
         return to_json(value, inf_nan_mode="constants", fallback=_plain).decode()
     except (ValueError, UnicodeError):  # text that is not Unicode, such as half of a surrogate pair
-        if is_dataclass(value):
-            value = {field.name: getattr(value, field.name) for field in fields(value)}
         return json.dumps(value, separators=(",", ":"), default=_plain)
+
+
+def encode_event(event: Event) -> str:
+    """Write an event's fields as compact JSON, by a serializer made once for its kind: half the time again."""
+    try:
+        kind: Any = type(event)
+        return _serializer(kind).to_json(event, warnings=False, fallback=_plain).decode()
+    except (ValueError, UnicodeError):
+        return encode_json({field.name: getattr(event, field.name) for field in fields(event)})
+
+
+@cache
+def _serializer(kind: type[Event]) -> SchemaSerializer:
+    """Return what writes one kind of event; a field of another type than declared is written as what it is."""
+    constants = CoreConfig(ser_json_inf_nan="constants")
+    try:
+        schema: Any = {**TypeAdapter(kind).core_schema, "config": constants}
+    except PydanticSchemaGenerationError:  # an event of somebody else's, with fields that pydantic does not know
+        schema = any_schema()
+    return SchemaSerializer(schema, constants)
 
 
 def through_json(value: Json) -> Json:

@@ -14,7 +14,7 @@ import anyio.lowlevel
 from crucible_kitchen.errors import Conflict, RunNotFound, StoreError
 from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store.base import TTL, only_run
-from crucible_kitchen.store.codec import decode_event, encode_json, sealed, through_json
+from crucible_kitchen.store.codec import decode_event, encode_event, encode_json, sealed, through_json
 from crucible_kitchen.store.front import Entry, JournalFront
 from crucible_kitchen.store.leases import GIVEN_UP, held, orphaned, run_ended, run_live
 from crucible_kitchen.store.owner import Owner
@@ -199,7 +199,7 @@ class MemoryRunStore(JournalFront):
         """See ``RunStore.read``."""
         await self._step()
         records = self._runs[run_id].log[after : after + limit] if run_id in self._runs else []
-        return [decode_event(r.run_id, r.seq, r.time, r.event.name, encode_json(r.event)) for r in records]
+        return [decode_event(r.run_id, r.seq, r.time, r.event.name, encode_event(r.event)) for r in records]
 
     async def records(self, run_id: str) -> list[StageRecord]:
         """See ``RunStore.records``."""

@@ -16,7 +16,7 @@ import anyio.to_thread
 from crucible_kitchen.errors import CrucibleError, StorageFull, StoreError
 from crucible_kitchen.events import EventRecord
 from crucible_kitchen.store import schema
-from crucible_kitchen.store.codec import encode_json
+from crucible_kitchen.store.codec import encode_event, encode_json
 from crucible_kitchen.store.front import Committed, Entry
 from crucible_kitchen.store.records import StageRecord
 from crucible_kitchen.workers import waker
@@ -105,7 +105,7 @@ class Writer:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._asleep = False
-        self._error: StoreError | None = None
+        self._rung = False
         self._thread = threading.Thread(target=self._work, name="crucible-run-store", daemon=True)
 
     # On the event loop.
@@ -148,11 +148,10 @@ class Writer:
             await anyio.to_thread.run_sync(self._thread.join)
 
     def _ring(self) -> None:
-        # A lock used as a bell: releasing wakes the thread; one that is already free is a bell already rung.
-        try:
+        # A lock used as a bell: releasing it wakes the thread, which says that it has heard before it looks.
+        if not self._rung:
+            self._rung = True
             self._bell.release()
-        except RuntimeError:
-            return
 
     # In the thread.
 
@@ -175,12 +174,19 @@ class Writer:
         While records come in, the thread looks every ``LINGER`` seconds, so that queueing one costs no wake-up (a
         thread that wakes takes the interpreter from the run). It sleeps for good only when nothing came for so long.
         """
-        if self._bell.acquire(timeout=LINGER) or self._queue:
+        if self._heard(LINGER) or self._queue:
             return
         self._asleep = True
         if not self._queue:  # in this order: what is queued after this line rings the bell
-            self._bell.acquire()
+            self._heard()
         self._asleep = False
+
+    def _heard(self, timeout: float = -1) -> bool:
+        """Wait until the bell is rung, for so many seconds at most; afterwards it can be rung again."""
+        heard = self._bell.acquire(timeout=timeout)
+        if heard:
+            self._rung = False
+        return heard
 
     def _write_all(self, connection: sqlite3.Connection) -> bool:
         """Write what is queued; return False when the store closes."""
@@ -233,7 +239,7 @@ class Writer:
                 if isinstance(item, Write):
                     item.error = error
                     self._report(item.done.set)
-            self._bell.acquire()
+            self._heard()
 
 
 class _Batch:
@@ -252,12 +258,9 @@ class _Batch:
 
     def add(self, connection: sqlite3.Connection, entry: Entry) -> None:
         """Take an entry; write when a statement is full."""
-        epoch, record = entry
-        if isinstance(record, EventRecord):
-            self._events.append((epoch, record))
-        else:
-            self._stages.append((epoch, record))
-        if max(len(self._events), len(self._stages)) == ROWS_PER_STATEMENT:
+        rows: list[Any] = self._events if isinstance(entry[1], EventRecord) else self._stages
+        rows.append(entry)
+        if len(rows) == ROWS_PER_STATEMENT:
             self.write(connection)
 
     def write(self, connection: sqlite3.Connection) -> None:
@@ -271,7 +274,7 @@ class _Batch:
         events, self._events = self._events, []
         values: list[Any] = []
         for epoch, r in events:
-            values += (r.run_id, r.seq, r.time, r.event.name, encode_json(r.event), epoch)
+            values += (r.run_id, r.seq, r.time, r.event.name, encode_event(r.event), epoch)
         last = {(r.run_id, epoch): r.seq for epoch, r in events}
         for run_id, seq in self._insert(connection, _EVENTS[len(events)], values, len(events), last):
             self.durable[run_id] = (seq, self.durable.get(run_id, (0, 0))[1])
