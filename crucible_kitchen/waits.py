@@ -111,6 +111,7 @@ class Waits:
         now: the event loop's clock.
         count: how many waits began or ended; whoever sees something else move adds to it.
         stages: the stages that have begun and not ended, each with since when and in which task.
+        open: the waits that have begun and not ended, each with whose, since when and in which task.
     """
 
     def __init__(self, loop: EventLoop) -> None:
@@ -118,7 +119,7 @@ class Waits:
         self.task = loop.task
         self.count = 0
         self.stages: dict[str, tuple[float, Any]] = {}
-        self._open: dict[waiting, tuple[str | None, float, Any]] = {}
+        self.open: dict[waiting, tuple[str | None, float, Any]] = {}
         self._sources: list[Source] = []
 
     @property
@@ -141,23 +142,13 @@ class Waits:
         """Return all edges there are now, the oldest first; ``stage`` and ``handler`` only where nothing else is."""
         edges = [
             Waiting(who or "", wait.cause, wait.whom, since, standing(task))
-            for wait, (who, since, task) in self._open.items()
+            for wait, (who, since, task) in self.open.items()
         ]
         edges += [edge for source in self._sources for edge in source.waiting()]
         edges += [Waiting(path, "stage", "", since, standing(task)) for path, (since, task) in self.stages.items()]
         known = {edge.who for edge in edges if edge.cause not in _VAGUE}
         told = [edge for edge in edges if edge.cause not in _VAGUE or edge.who not in known]
         return sorted(told, key=lambda edge: edge.since)
-
-    def enter(self, wait: "waiting") -> None:
-        """Take a wait into the account."""
-        self.count += 1
-        self._open[wait] = (place.get(), self.now(), self.task())
-
-    def leave(self, wait: "waiting") -> None:
-        """Take it out again."""
-        self.count += 1
-        del self._open[wait]
 
     @contextmanager
     def with_source(self, source: Source) -> Generator[None, None, None]:
@@ -181,12 +172,16 @@ class waiting:  # noqa: N801 - read as a word of the sentence it stands in
         self._waits = current_waits.get()
 
     def __enter__(self) -> None:
-        if self._waits is not None:
-            self._waits.enter(self)
+        waits = self._waits
+        if waits is not None:
+            waits.count += 1
+            waits.open[self] = (place.get(), waits.now(), waits.task())
 
     def __exit__(self, *_: object) -> None:
-        if self._waits is not None:
-            self._waits.leave(self)
+        waits = self._waits
+        if waits is not None:
+            waits.count += 1
+            del waits.open[self]
 
 
 @contextmanager
