@@ -54,7 +54,7 @@ e2e: $(DEV)
 	$(PYTEST) -m "e2e and not peers and not chaos" --durations=10
 
 chaos: $(DEV)
-	$(BIN)/pytest -m chaos --durations=5
+	$(PYTEST) -m chaos --durations=5
 
 bench: $(DEV)
 	@for script in benchmarks/bench_*.py; do echo; echo "== $$script"; $(BIN)/python $$script || exit 1; done

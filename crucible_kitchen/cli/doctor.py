@@ -210,16 +210,13 @@ def _show(found: dict[str, Any]) -> None:
     ]
     table(("port", "adapter", "", "state", "to install"), rows)
     answer()
-    extras = [
-        (
-            row["extra"],
-            ", ".join(f"{name} {known}" for name, known in row["packages"].items() if known),
-            ", ".join(row["missing"]),
-            "" if row["installed"] else row["install"],
-        )
+    packages = [
+        (row["extra"], name, version or "missing", "" if version else row["install"])
         for row in found["extras"]
+        if row["extra"] != "all"  # which brings what the others bring
+        for name, version in row["packages"].items()
     ]
-    table(("extra", "installed", "missing", "to install"), extras)
+    table(("extra", "package", "version", "to install"), packages)
     answer()
     for problem in found["problems"]:
         answer(f"problem: {problem}")
