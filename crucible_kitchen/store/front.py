@@ -77,10 +77,7 @@ class JournalFront:
     # What the two stores supply.
 
     def _enqueue(self, entry: Entry) -> None:
-        raise NotImplementedError
-
-    def _notice(self) -> None:
-        """Tell the writer that records were queued."""
+        """Queue an entry, which the writer writes soon."""
         raise NotImplementedError
 
     def _hurry(self) -> None:
@@ -105,7 +102,6 @@ class JournalFront:
             log.tail = record.seq
             self._pending += 1
             self._enqueue((log.epoch, record))
-        self._notice()
 
     def record(self, record: StageRecord) -> None:
         """See ``RunStore.record``."""
@@ -114,7 +110,6 @@ class JournalFront:
         log.stages += 1
         self._pending += 1
         self._enqueue((log.epoch, record))
-        self._notice()
 
     def durable(self, run_id: str) -> int:
         """See ``RunStore.durable``."""

@@ -72,27 +72,22 @@ class MemoryRunStore(JournalFront):
         super().__init__(limit=0)
         self._clock = clock
         self._runs: dict[str, _Run] = {} if beside is None else beside._runs
-        self._queue: list[Entry] = []
 
     # The journal's side.
 
     def _enqueue(self, entry: Entry) -> None:
-        self._queue.append(entry)
-
-    def _notice(self) -> None:
-        queue, self._queue = self._queue, []
-        self._pending -= len(queue)
-        for epoch, record in queue:
-            run = self._runs.get(record.run_id)
-            if run is None or run.epoch != epoch:
-                self._lost(record.run_id, epoch)
-            elif isinstance(record, EventRecord):
-                run.log.append(record)
-                self._reached(record.run_id, record.seq, 0)
-            else:
-                run.stages.pop(record.path, None)
-                run.stages[record.path] = replace(record, value=through_json(record.value))
-                self._reached(record.run_id, 0, 1)
+        epoch, record = entry
+        self._pending -= 1
+        run = self._runs.get(record.run_id)
+        if run is None or run.epoch != epoch:
+            self._lost(record.run_id, epoch)
+        elif isinstance(record, EventRecord):
+            run.log.append(record)
+            self._reached(record.run_id, record.seq, 0)
+        else:
+            run.stages.pop(record.path, None)
+            run.stages[record.path] = replace(record, value=through_json(record.value))
+            self._reached(record.run_id, 0, 1)
 
     def _hurry(self) -> None:
         """Do nothing: what was appended is durable."""

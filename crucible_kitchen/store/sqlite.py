@@ -79,10 +79,6 @@ class SqliteRunStore(JournalFront):
         assert self._writer is not None
         self._writer.put(entry)
 
-    def _notice(self) -> None:
-        assert self._writer is not None
-        self._writer.notice()
-
     def _hurry(self) -> None:
         assert self._writer is not None
         self._writer.hurry()

@@ -116,11 +116,8 @@ class Writer:
         self._thread.start()
 
     def put(self, entry: Entry) -> None:
-        """Queue an entry; ``notice`` or ``hurry`` tells the thread."""
+        """Queue an entry; the thread looks at the queue within ``LINGER``."""
         self._queue.append(entry)
-
-    def notice(self) -> None:
-        """See to it that the thread looks at the queue within ``LINGER``."""
         if self._asleep:
             self._asleep = False
             self._ring()

@@ -252,7 +252,6 @@ class _Ghost(JournalFront):
     def __init__(self) -> None:
         super().__init__(limit=0)
         self._ready()
-        self._durable: dict[str, tuple[int, int]] = {}
 
     def lease(self, lease: Lease) -> Lease:
         """Follow an attempt from its opening on."""
@@ -261,11 +260,7 @@ class _Ghost(JournalFront):
 
     def _enqueue(self, entry: Entry) -> None:
         record = entry[1]
-        self._durable[record.run_id] = (record.seq, 0)
-
-    def _notice(self) -> None:
-        durable, self._durable = self._durable, {}
-        self._committed(Committed(self.pending, durable))
+        self._committed(Committed(1, {record.run_id: (record.seq, 0)}))
 
     def _hurry(self) -> None:
         """Do nothing: what was appended is durable."""

@@ -54,9 +54,6 @@ class Withheld(JournalFront):
         assert isinstance(record, EventRecord)
         self.records.append(record)
 
-    def _notice(self) -> None:
-        return
-
     def _hurry(self) -> None:
         return
 
