@@ -193,7 +193,10 @@ class DataPrepared(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep(Event):
-    """One optimizer step: mean loss per weighted token, learning rate, throughput, gradient norm before clipping."""
+    """One optimizer step: mean loss per weighted token, learning rate, throughput, gradient norm before clipping.
+
+    An update of a policy, which may be several steps, is reported once: by its last one.
+    """
 
     name: ClassVar[str] = "training.step"
     measurements: ClassVar[tuple[str, ...]] = ("loss", "lr", "tokens_per_sec", "grad_norm")
@@ -426,7 +429,8 @@ class PipelineMeasured(Event):
     """How rollouts and learning overlap, from the start of the run to this update.
 
     Staleness in updates, per token; ``waste`` and ``length_bias`` as shares of what was sampled; ``learner_seconds``
-    and ``worker_seconds`` give every second one cause; ``slowest`` is the group that the learner waited for last.
+    and ``worker_seconds`` give every second one cause; ``slowest`` is the group that has been out
+    longest, -1 if none is out.
     """
 
     name: ClassVar[str] = "rl.pipeline"

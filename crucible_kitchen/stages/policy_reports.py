@@ -16,7 +16,7 @@ from crucible_kitchen.stages.policy_step import PolicyStep
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
-__all__ = ["advantages_event", "log_rl_metrics", "report_pass"]
+__all__ = ["advantages_event", "log_rl_metrics", "pooled", "report_pass"]
 
 
 def advantages_event(groups: Sequence[TrainableGroup]) -> AdvantagesComputed:
@@ -31,10 +31,18 @@ def advantages_event(groups: Sequence[TrainableGroup]) -> AdvantagesComputed:
     )
 
 
+def pooled(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what several optimizer steps say together: means, and the greatest of what ends in ``_max``."""
+    return {
+        name: max(r[name] for r in reports) if name.endswith("_max") else float(np.mean([r[name] for r in reports]))
+        for name in reports[0]
+    }
+
+
 def report_pass(run: Run, reports: Sequence[Mapping[str, float]], epoch: int, size: int) -> None:
-    """Report a pass over ``size`` trajectories: the means of what its steps said."""
-    mean = {name: float(np.mean([r[name] for r in reports])) for name in PPOUpdated.measurements}
-    run.emit(PPOUpdated(**mean, epoch=epoch, batch_size=size))
+    """Report a pass over ``size`` trajectories: what its steps say together."""
+    said = pooled(reports)
+    run.emit(PPOUpdated(**{name: said[name] for name in PPOUpdated.measurements}, epoch=epoch, batch_size=size))
 
 
 @stage(writes="ppo_metrics")

@@ -34,7 +34,7 @@ class PolicyStep(StepResult):
     """The optimizer steps of one update; ``loss`` and rates are of the last.
 
     Attributes:
-        policy: what is reported of the policy: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``...
+        policy: what all of them say of the policy: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``...
         moments: of the advantages seen so far, for ``normalize=running``.
     """
 

@@ -4,7 +4,7 @@ They know the training port and the learner's mathematics, no environment. Read 
 step; ``policy_reports.py``, what is said of it; ``crucible_kitchen.rl.learning``.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.config import LearnerConfig
 from crucible_kitchen.rl.learning import TrainableGroup, estimate, whitened
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
-from crucible_kitchen.stages.policy_reports import advantages_event, report_pass
+from crucible_kitchen.stages.policy_reports import advantages_event, pooled, report_pass
 from crucible_kitchen.stages.policy_step import PolicyStep, Update, UpdateConfig, divisor_of, loss_of, scores_of
 from crucible_kitchen.stages.rollout import least_members
 from crucible_kitchen.types import Datum, IntArray
@@ -138,18 +138,19 @@ async def ppo_update(
     loss = loss_of(config, session)
     fold = session.capabilities.step_scale != "exact"
     last: PolicyStep | None = None
+    passes: list[list[Mapping[str, float]]] = []
     for epoch, parts in enumerate(rl_batch.epochs):
-        reports = []
+        passes.append([])
         for datums in parts:
             divisor = divisor_of(datums)
             update = Update(session, config, divisor if not fold else 1.0)
             async with session.step(update.index) as scope:
                 await update.submit(scope, datums, loss, None)
                 last = await update.apply(scope, run, advantages.moments)
-            reports.append(last.policy)
-        report_pass(run, reports, epoch, rl_batch.trajectories)
+            passes[-1].append(last.policy)
+        report_pass(run, passes[-1], epoch, rl_batch.trajectories)
     assert last is not None, "a batch has trajectories"
-    return last
+    return replace(last, policy=pooled([report for reports in passes for report in reports]))
 
 
 # -- the streaming learner ---------------------------------------------------------------------------------------------

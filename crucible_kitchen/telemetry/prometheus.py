@@ -47,6 +47,7 @@ class _Bound:
         self._outcomes = sink._outcomes
         self._dropped = sink._dropped
         self._workflow = workflow
+        self._group_seconds = sink._group_seconds
         self._stages: dict[str, tuple[Histogram, Counter]] = {}
         self.gauges: dict[str, Gauge] = _Measured(sink._gauges, workflow)
         self.counters: dict[str, Counter] = {name: c.labels(workflow) for name, c in sink._counters.items()}
@@ -54,6 +55,10 @@ class _Bound:
     def outcomes(self, kind: str, count: int) -> None:
         """Count outcomes of one kind; there are five."""
         self._outcomes.labels(self._workflow, kind).inc(count)
+
+    def rolled_out(self, seconds: float) -> None:
+        """Count what a group took."""
+        self._group_seconds.labels(self._workflow).observe(seconds)
 
     def dropped(self, reason: str) -> None:
         """Count a group that was given up, by the word before the colon."""
@@ -87,6 +92,13 @@ class PrometheusSink:
         one, two = ["workflow"], ["workflow", "stage"]
         self._stage_seconds = Histogram(
             "crucible_stage_seconds", "Seconds a stage took.", two, buckets=_BUCKETS, registry=self.registry
+        )
+        self._group_seconds = Histogram(
+            "crucible_rl_group_seconds",
+            "Seconds a trained group of rollouts took.",
+            one,
+            buckets=_BUCKETS,
+            registry=self.registry,
         )
         self._stage_errors = Counter(
             "crucible_stage_errors", "Failed attempts of a stage.", two, registry=self.registry
@@ -170,12 +182,12 @@ _GAUGES = {
     "rl_overlap_efficiency": "Overlap of rollouts and learning, of 1.",
     "rl_learner_idle_share": "Share of the time in which the learner waited for rollouts.",
     "rl_waste": "Share of what was sampled that was given up.",
-    "rl_environment_seconds": "Seconds in the environment per episode, mean of the last update.",
-    "rl_sampling_seconds": "Seconds of sampling per episode, mean of the last update.",
+    "rl_environment_seconds": "Seconds in the environment per rollout, mean of the last update.",
+    "rl_sampling_seconds": "Seconds of sampling per rollout, mean of the last update.",
     "rl_evaluated_reward": "Mean reward of the last evaluation of the policy.",
 }
 _COUNTERS = {
-    "training_steps": "Optimizer steps.",
+    "training_steps": "Optimizer steps; an update of a policy counts once.",
     "rl_updates": "Updates of a policy.",
     "rl_trajectories": "Episodes that were trained on.",
     "training_checkpoints": "Training states saved.",
@@ -203,8 +215,11 @@ def _count_eval(bound: _Bound, event: e.EvalComplete) -> None:
 def _count_rollouts(bound: _Bound, event: e.RolloutComplete) -> None:
     bound.counters["rl_trajectories"].inc(event.num_trajectories)
     bound.gauges["rl_reward_mean"].set(event.reward_mean)
-    bound.gauges["rl_environment_seconds"].set(event.env_seconds / max(1, event.num_trajectories))
-    bound.gauges["rl_sampling_seconds"].set(event.sampling_seconds / max(1, event.num_trajectories))
+    members = max(1, sum(event.outcomes.values()))
+    bound.gauges["rl_environment_seconds"].set(event.env_seconds / members)
+    bound.gauges["rl_sampling_seconds"].set(event.sampling_seconds / members)
+    for seconds in event.seconds:
+        bound.rolled_out(seconds)
     for kind, count in event.outcomes.items():
         bound.outcomes(kind, count)
 

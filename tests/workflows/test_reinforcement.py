@@ -14,12 +14,15 @@ from crucible_kitchen.errors import ConfigError, CrucibleError, RunChanged, Tran
 from crucible_kitchen.kitchen import Kitchen
 from crucible_kitchen.learner import PPO, grpo
 from crucible_kitchen.registry import Registry
+from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.rollout import derived_seed
 from crucible_kitchen.rl.staleness import problem_order
+from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.curves import Curves
 from crucible_kitchen.testing.environments import installed
 from crucible_kitchen.testing.faults import fails, with_faults
 from crucible_kitchen.types import AdamParams, Datum, SamplingParams, SessionSpec
+from crucible_kitchen.workflow.stage import stage
 from crucible_kitchen.workflows.reinforcement import ReinforcementConfig, reinforcement
 from crucible_kitchen_noop import NoopTrainingClient
 
@@ -187,7 +190,52 @@ async def test_several_passes_and_minibatches_are_real_optimizer_steps(home, con
     result, events = await run(home, {**config, "ppo_epochs": 3, "minibatches": 2, "num_rollouts": 2})
     assert result.state.step.step == 12
     assert [event.epoch for event in of(events, e.PPOUpdated)] == [0, 1, 2] * 2
-    assert of(events, e.PPOUpdated)[2].kl_divergence > 0
+    passes = of(events, e.PPOUpdated)[:3]
+    assert passes[0].kl_divergence < passes[2].kl_divergence
+    whole = of(events, e.RLStep)[0]
+    for metric in ("policy_loss", "entropy", "clip_fraction"):
+        assert getattr(whole, metric) == pytest.approx(np.mean([getattr(event, metric) for event in passes]))
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "gae"])
+async def test_the_measurements_of_an_update_are_those_of_its_rollouts(home, config, advantage):
+    """What the events say, computed again from the trajectories that were trained."""
+    seen = []
+
+    @stage()
+    async def look(rollouts: Batch[TrajectoryGroup]) -> None:
+        seen.append(sorted(rollouts.groups, key=lambda group: group.ticket.index))
+
+    values = {**config, "num_rollouts": 2, "advantage": advantage}
+    values |= {"gamma": 1.0, "gae_lambda": 1.0, "normalize": "none"} if advantage == "gae" else {}
+    _, events = await run(home, values, reinforcement.insert_after("log_rl_metrics", look))
+    (built,) = of(events, e.EnvGroupBuilt)
+    assert (built.group_size, built.groups_per_batch, built.env_type) == (4, 3, "letters")
+    for i, groups in enumerate(seen):
+        rewards_G_P = [[t.reward for t in group.trajectories] for group in groups]
+        acted_G_P = [[t.actions for t in group.trajectories] for group in groups]
+        each = zip(rewards_G_P, acted_G_P, strict=True)
+        returns, relative = np.concatenate([[np.repeat(r, n), np.repeat(grpo(r), n)] for r, n in each], axis=1)
+
+        rollouts, worth = of(events, e.RolloutComplete)[i], of(events, e.AdvantagesComputed)[i]
+        assert (rollouts.rollout_index, rollouts.num_trajectories) == (i, 12)
+        assert (rollouts.reward_mean, rollouts.reward_std) == pytest.approx((np.mean(rewards_G_P), np.std(rewards_G_P)))
+        assert worth.num_steps == np.sum(acted_G_P)
+        assert (worth.return_mean, worth.return_std) == pytest.approx((returns.mean(), returns.std()))
+        update, step = of(events, e.PPOUpdated)[i], of(events, e.RLStep)[i]
+        if advantage == "grpo":
+            assert (worth.advantage_mean, worth.advantage_std) == pytest.approx((relative.mean(), relative.std()))
+            assert update.value_loss == 0.0
+        else:  # what an action was worth is what the value function was wrong by
+            wrong = worth.advantage_std**2 + worth.advantage_mean**2
+            assert update.value_loss == pytest.approx(wrong / 2, rel=1e-5)
+        assert (update.epoch, update.batch_size, step.step) == (0, 12, i + 1)
+        assert update.policy_loss == pytest.approx(-worth.advantage_mean, abs=1e-6)  # trained on its own samples
+        assert update.clip_fraction == 0.0
+        assert update.kl_divergence == pytest.approx(0.0, abs=1e-6)
+        assert 0 < update.entropy <= np.log(300)  # nats per token, of whole distributions
+        assert (step.reward_mean, step.policy_loss) == (rollouts.reward_mean, update.policy_loss)
+        assert (step.entropy, step.clip_fraction) == (update.entropy, update.clip_fraction)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +320,7 @@ async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(h
     assert float(found[f"crucible_rl_trajectories_total{label}"]) == scored
     for name in ("queue_depth", "staleness_mean", "overlap_efficiency", "learner_idle_share", "environment_seconds"):
         assert f"crucible_rl_{name}{label}" in found
+    assert float(found[f"crucible_rl_group_seconds_count{label}"]) == 15
 
 
 async def test_minibatches_of_observations_are_made_of_single_steps(home):
