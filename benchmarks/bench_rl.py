@@ -65,7 +65,7 @@ def load(steps, seed=0):
 
 
 class Sleeper:
-    """Sleeps whose sum is exact: what a sleep ends late, the next one makes up for."""
+    """Sleeps whose sum is exact: what a sleep ends late, which is the machine's doing, the next one makes up for."""
 
     def __init__(self):
         self.late = 0.0
@@ -79,11 +79,12 @@ class Sleeper:
 async def overlapped(k, seconds):
     """Return the wall clock, the groups that were given up, and the ages of those that were trained."""
     rollouts = Rollouts(PipelinePlan(len(seconds) // BATCH, BATCH, k, workers=BATCH), order=lambda i: i)
-    learner = Sleeper()
+    learner, slots = Sleeper(), [Sleeper() for _ in range(BATCH)]
 
     async def produce(ticket):
-        version = rollouts.version
-        await anyio.sleep(seconds[ticket.index])
+        version, slot = rollouts.version, slots.pop()
+        await slot.sleep(seconds[ticket.index])
+        slots.append(slot)
         return Group(ticket, version, seconds[ticket.index])
 
     began = anyio.current_time()
@@ -98,12 +99,12 @@ async def overlapped(k, seconds):
 
 async def in_turn(seconds):
     """Roll out a batch concurrently, then learn from it: what a loop without overlap does."""
-    began = anyio.current_time()
+    learner, began = Sleeper(), anyio.current_time()
     for first in range(0, len(seconds), BATCH):
         async with anyio.create_task_group() as group:
             for each in seconds[first : first + BATCH]:
                 group.start_soon(anyio.sleep, each)
-        await anyio.sleep(LEARN)
+        await learner.sleep(LEARN)
     return anyio.current_time() - began, 0, Counter((0,))
 
 
@@ -112,8 +113,9 @@ async def rollouts_alone(seconds):
     left = iter(seconds)
 
     async def work():
+        slot = Sleeper()
         for each in left:
-            await anyio.sleep(each)
+            await slot.sleep(each)
 
     began = anyio.current_time()
     async with anyio.create_task_group() as group:

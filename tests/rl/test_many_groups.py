@@ -78,3 +78,18 @@ async def test_ten_thousand_groups_go_through_in_the_memory_of_two_thousand(kit)
                 blocks[rollouts.version] = sys.getallocatedblocks()
     assert rollouts.ledger.trained == source.closed == 10_000
     assert blocks[1249] - blocks[250] < 100  # a group is more than a hundred
+
+
+async def test_with_thirty_percent_of_crashes_every_environment_is_closed_and_no_place_is_lost(kit):
+    source = Letters(crash="0.3")
+    rollouts = rollouts_of(source, PipelinePlan(50, 8, 2))
+    in_flight = []
+    async with kit.nothing_left(), rollouts.running(roller(source, PublishedPolicy(Abc()))):
+        async for batch in rollouts:
+            assert all(0 < len(group.trajectories) <= 2 for group in await batch.all())
+            batch.trained()
+            in_flight.append(rollouts.in_flight)
+    assert max(in_flight[40:]) == 8
+    assert rollouts.ledger.trained == 400
+    assert rollouts.ledger.dropped["env_fault"] == rollouts.ledger.drawn - 400 > 0
+    assert source.opened == source.closed > 400
