@@ -83,6 +83,15 @@ async def test_every_second_has_one_cause_and_all_add_up_to_the_wall_clock(kit):
         assert sum(worker.spent().values()) == pytest.approx(wall)
 
 
+async def test_overlap_efficiency_is_the_longer_of_both_works_over_the_wall_clock(kit):
+    load, trained = kit.Load(mean=1.0, sigma=0.0), kit.Trained()
+    rollouts = kit.pipeline(load, plan(batches=3, per_batch=2, workers=2), trained)
+    await kit.learn(rollouts, load, trained, seconds=0.5)
+    assert rollouts.learner.wall == pytest.approx(3 * 1.5)
+    assert rollouts.efficiency == pytest.approx(1.0 / 1.5)  # two workers rolled out six seconds
+    assert rollouts.learner.spent()["wait"] == pytest.approx(3 * 1.0)
+
+
 async def test_without_staleness_batches_are_consecutive_whatever_arrives_first(kit):
     load, trained = kit.Load(), kit.Trained()
     rollouts = kit.pipeline(load, plan(batches=4), trained)

@@ -307,20 +307,27 @@ async def test_the_policy_is_measured_and_saved_when_an_update_reaches_the_numbe
 
 async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(home, config):
     adapters = {"training_client": "noop", "blob_store": "noop", "model_registry": "noop"}
-    values = {**config, "env_options": {"crash": "0.3"}, "rollout_attempts": 1}
+    values = {**config, "env_options": {"crash": "0.3"}, "rollout_attempts": 1, "max_staleness": 1}
     async with Kitchen(adapters, home=home, metrics_port=0) as kitchen:
-        await kitchen.run("reinforcement", values)
+        handle = await kitchen.start("reinforcement", values)
+        events = [record.event async for record in handle.events()]
+        await handle.wait()
         async with httpx.AsyncClient() as client:
             text = (await client.get(f"http://127.0.0.1:{kitchen.metrics_port}/metrics")).text
-    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    label = '{workflow="reinforcement"}'
-    assert float(found[f"crucible_rl_updates_total{label}"]) == 5
-    assert float(found['crucible_rl_outcomes_total{kind="env_fault",workflow="reinforcement"}']) > 0
-    scored = float(found['crucible_rl_outcomes_total{kind="scored",workflow="reinforcement"}'])
-    assert float(found[f"crucible_rl_trajectories_total{label}"]) == scored
-    for name in ("queue_depth", "staleness_mean", "overlap_efficiency", "learner_idle_share", "environment_seconds"):
-        assert f"crucible_rl_{name}{label}" in found
-    assert float(found[f"crucible_rl_group_seconds_count{label}"]) == 15
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    found = {name.replace('workflow="reinforcement"', ""): float(number) for name, number in lines}
+    rollouts, pipeline = of(events, e.RolloutComplete), of(events, e.PipelineMeasured)[-1]
+    assert found["crucible_rl_updates_total{}"] == 5
+    outcomes = sum((Counter(event.outcomes) for event in rollouts), Counter())
+    assert {kind: found[f'crucible_rl_outcomes_total{{kind="{kind}",}}'] for kind in outcomes} == outcomes
+    assert outcomes.keys() == {"scored", "env_fault"}
+    assert found["crucible_rl_trajectories_total{}"] == outcomes["scored"]
+    for name in ("queue_depth", "staleness_mean", "staleness_max", "overlap_efficiency", "learner_idle_share", "waste"):
+        assert found[f"crucible_rl_{name}{{}}"] == getattr(pipeline, name)
+    members = sum(rollouts[-1].outcomes.values())
+    assert found["crucible_rl_environment_seconds{}"] == pytest.approx(rollouts[-1].env_seconds / members)
+    assert found["crucible_rl_group_seconds_count{}"] == 15
+    assert found["crucible_rl_group_seconds_sum{}"] == pytest.approx(sum(sum(event.seconds) for event in rollouts))
 
 
 async def test_minibatches_of_observations_are_made_of_single_steps(home):
