@@ -92,13 +92,21 @@ class TensorBoardSink:
             self._close(run_id)
 
 
+_GROUPS: Mapping[type[e.Event], str] = {
+    e.TrainingStep: "train",
+    e.TrainingEpoch: "train",
+    e.DpoStep: "dpo",
+    e.DistillationStep: "distillation",
+    e.RLStep: "rl",
+    e.PipelineMeasured: "rl",
+    e.EvalComplete: "eval",
+    e.DpoEvaluated: "eval",
+    e.PolicyEvaluated: "eval",
+    e.WorkflowStop: "run",
+}
+
+
 def scalars(event: e.Event) -> Mapping[str, float]:
     """Return what TensorBoard plots of an event, by tag."""
-    match event:
-        case e.TrainingStep() | e.TrainingEpoch() | e.EvalComplete():
-            group = "eval" if isinstance(event, e.EvalComplete) else "train"
-            return {f"{group}/{name}": float(getattr(event, name)) for name in event.measurements}
-        case e.WorkflowStop():
-            return {"run/duration_s": event.duration_s}
-        case _:
-            return {}
+    group = _GROUPS.get(type(event))
+    return {} if group is None else {f"{group}/{name}": float(getattr(event, name)) for name in event.measurements}

@@ -19,6 +19,7 @@ from crucible_kitchen.rl.rollout import derived_seed
 from crucible_kitchen.rl.staleness import problem_order
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.curves import Curves
+from crucible_kitchen.telemetry.tensorboard import TensorBoardSink
 from crucible_kitchen.testing.environments import installed
 from crucible_kitchen.testing.faults import fails, with_faults
 from crucible_kitchen.types import AdamParams, Datum, SamplingParams, SessionSpec
@@ -328,6 +329,26 @@ async def test_prometheus_is_told_of_rollouts_their_overlap_and_their_outcomes(h
     assert found["crucible_rl_environment_seconds{}"] == pytest.approx(rollouts[-1].env_seconds / members)
     assert found["crucible_rl_group_seconds_count{}"] == 15
     assert found["crucible_rl_group_seconds_sum{}"] == pytest.approx(sum(sum(event.seconds) for event in rollouts))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+async def test_tensorboard_plots_rewards_overlap_and_evaluations_over_the_updates(home, config):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    adapters = {"training_client": "noop", "blob_store": "noop", "model_registry": "noop"}
+    async with Kitchen(adapters, home=home, sinks=[TensorBoardSink(home / "curves")]) as kitchen:
+        handle = await kitchen.start("reinforcement", config)
+        events = [record.event async for record in handle.events()]
+        await handle.wait()
+    (directory,) = (home / "curves").iterdir()
+    found = EventAccumulator(str(directory))
+    found.Reload()
+    for tag, kind in (("rl/reward_mean", e.RLStep), ("rl/overlap_efficiency", e.PipelineMeasured)):
+        wanted = [(event.step, getattr(event, tag[3:])) for event in of(events, kind)]
+        assert [(s.step, s.value) for s in found.Scalars(tag)] == [(i, pytest.approx(value)) for i, value in wanted]
+    (evaluated,) = of(events, e.PolicyEvaluated)
+    assert [s.value for s in found.Scalars("eval/reward_mean")] == [pytest.approx(evaluated.reward_mean)]
 
 
 async def test_minibatches_of_observations_are_made_of_single_steps(home):
