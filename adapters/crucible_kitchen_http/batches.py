@@ -6,7 +6,7 @@ Read next: ``crucible_kitchen_http.sampler``.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.lowlevel
@@ -22,19 +22,24 @@ _WAIT = 30.0
 """Seconds that the server may hold a question for answers."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Request:
-    """One request and what became of it."""
+    """One request and what became of it; ``called`` is set when there is something to do for whoever waits for it."""
 
-    number: int
     body: bytes
     submitted: bool = False
     answer: JsonObject | None = None
     error: CrucibleError | None = None
+    called: anyio.Event = field(default_factory=anyio.Event)
 
     @property
     def ended(self) -> bool:
         return self.answer is not None or self.error is not None
+
+    async def wait(self) -> None:
+        """Wait until it has ended, or an exchange is to be done."""
+        await self.called.wait()
+        self.called = anyio.Event()
 
 
 class Batches:
@@ -52,7 +57,6 @@ class Batches:
         self._received: list[int] = []
         self._submitting = False
         self._asking = False
-        self._changed = anyio.Event()
 
     async def ask(self, number: int, body: JsonObject) -> JsonObject:
         """Send a request and return its answer; numbers are used once.
@@ -60,7 +64,7 @@ class Batches:
         Raises:
             CrucibleError: the request failed as the server tells, or the server cannot be reached.
         """
-        request = self._open[number] = _Request(number, dumps(body | {"seq_id": number}))
+        request = self._open[number] = _Request(dumps(body | {"seq_id": number}))
         try:
             while not request.ended:
                 if not (request.submitted or self._submitting):
@@ -68,9 +72,10 @@ class Batches:
                 elif request.submitted and not self._asking:
                     await self._fetch()
                 else:
-                    await self._changed.wait()
+                    await request.wait()
         finally:
             del self._open[number]
+            self._call_next()
         if request.error is not None:
             raise request.error
         assert request.answer is not None
@@ -89,7 +94,7 @@ class Batches:
                     request.submitted = True
         finally:
             self._submitting = False
-            self._wake()
+            self._call_next()
 
     async def _fetch(self) -> None:
         """Wait for answers, to whichever requests come first."""
@@ -104,7 +109,7 @@ class Batches:
                 self._take(told)
         finally:
             self._asking = False
-            self._wake()
+            self._call_next()
 
     def _take(self, told: JsonObject) -> None:
         results = told.get("results")
@@ -115,6 +120,7 @@ class Batches:
             self._received.append(number)
             if number in self._open:
                 self._open[number].answer = answer
+                self._open[number].called.set()
 
     async def _shared(
         self, exchange: "Callable[[], Awaitable[JsonObject]]", requests: list[_Request]
@@ -125,8 +131,16 @@ class Batches:
         except CrucibleError as error:
             for request in requests:
                 request.error = error
+                request.called.set()
             return None
 
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
+    def _call_next(self) -> None:
+        """Call somebody to submit what waits, and somebody to ask for what was submitted, where nobody does.
+
+        The others sleep on: to wake all of them after each exchange costs a client more than the exchange.
+        """
+        for submitted, busy in ((False, self._submitting), (True, self._asking)):
+            if not busy:
+                able = (r for r in self._open.values() if r.submitted == submitted and not r.ended)
+                if (first := next(able, None)) is not None:
+                    first.called.set()

@@ -9,6 +9,8 @@ from crucible_kitchen.service.server import TrainingServer
 from crucible_kitchen.testing.training_server import RunningServer
 from crucible_kitchen.types import LoraSpec, SamplingParams, SessionSpec
 from crucible_kitchen_http import HttpSamplingClient, HttpTrainingClient
+from crucible_kitchen_http.batches import _Request
+from crucible_kitchen_http.endpoint import Endpoint
 from crucible_kitchen_http.remote import RemoteModel
 from crucible_kitchen_torch.decoding import Decoding
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
@@ -82,6 +84,32 @@ async def test_samples_that_are_asked_for_at_once_are_decoded_together(extension
     if extensions:
         assert together[0] == 8, "what came in one body is decoded from its first token on"
     assert max(together) > 1
+
+
+async def test_an_answer_wakes_the_task_that_asked_and_no_other(client, tmp_path, monkeypatch):
+    woken, exchanges = [], []
+    wait, post = _Request.wait, Endpoint.post
+
+    async def noted(request):
+        await wait(request)
+        woken.append(request)
+
+    async def counted(endpoint, path, body, **more):
+        exchanges.append(path)
+        return await post(endpoint, path, body, **more)
+
+    monkeypatch.setattr(_Request, "wait", noted)
+    monkeypatch.setattr(Endpoint, "post", counted)
+    monkeypatch.setattr("crucible_kitchen.service.samplers._LINGER", 0.0)
+    async with client.open_session(SessionSpec("tiny", None, 0, str(tmp_path))) as session:
+        sampler = await session.sampler()
+        exchanges.clear()
+        async with anyio.create_task_group() as group:
+            for seed in range(24):
+                params = SamplingParams(max_tokens=4 * seed + 1, seed=seed)
+                group.start_soon(sampler.sample, [49, 43], params)
+    assert exchanges.count("retrieve_samples") > 4
+    assert len(woken) <= 24 + 2 * len(exchanges), "one task goes on with the exchanges; an answer is for one"
 
 
 class Listening(TrainingServer):
