@@ -14,15 +14,16 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import BackendUserError, CapacityError, SessionLost
-from crucible_kitchen.ports import Sampler, TrainingClient, TrainingSession, TrainingStepScope
+from crucible_kitchen.ports import Sampler, TrainingSession, TrainingStepScope
 from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.types import JsonObject, SessionSpec
 
-__all__ = ["Limits", "Operation", "TrainedModel"]
+__all__ = ["Limits", "Operation", "SessionOpener", "TrainedModel"]
 
 Answer = Awaitable[JsonObject | bytes]
 Operation = Callable[["TrainedModel"], Awaitable[Answer]]
 """Submits a call to a model's session when its turn has come, and returns what its answer is awaited by."""
+SessionOpener = Callable[[SessionSpec], AbstractAsyncContextManager[TrainingSession]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ class TrainedModel:
 
     Attributes:
         id: the wire's name for it.
-        client: what trains.
+        open_session: opens a session of what trains.
         spec: what its session is opened on.
         futures: where results go.
         limits: what is allowed.
     """
 
     id: str
-    client: TrainingClient
+    open_session: SessionOpener
     spec: SessionSpec
     futures: Futures
     limits: Limits
@@ -135,7 +136,7 @@ class TrainedModel:
         """Open the session, answer ``opened``, and serve until closed."""
         try:
             with self._scope:
-                async with self.client.open_session(self.spec) as session:
+                async with self.open_session(self.spec) as session:
                     self.session = session
                     self._opened.set()
                     opened.resolve({"model_id": self.id, "type": "create_model"})

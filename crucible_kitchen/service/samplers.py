@@ -13,9 +13,9 @@ import anyio.abc
 import numpy as np
 
 from crucible_kitchen.errors import BackendUserError, CapacityError, NotFoundError, SessionLost
-from crucible_kitchen.ports import Sampler, TrainingClient
+from crucible_kitchen.ports import Sampler
 from crucible_kitchen.service.futures import Future, Futures
-from crucible_kitchen.service.models import Limits, TrainedModel
+from crucible_kitchen.service.models import Limits, SessionOpener, TrainedModel
 from crucible_kitchen.types import JsonObject, Sampled, SamplingParams, SessionSpec, StateRef
 from crucible_kitchen.wire import messages as m
 from crucible_kitchen.wire.codec import dumps, parse, tokens_from_wire
@@ -40,7 +40,7 @@ _FEW = 4096
 class OpenedModel:
     """A model opened for sampling only: a base model, or one with saved weights."""
 
-    client: TrainingClient
+    open_session: SessionOpener
     spec: SessionSpec
     state: StateRef | None = None
     users: int = 0
@@ -52,7 +52,7 @@ class OpenedModel:
     async def run(self) -> None:
         """Hold the model open until it is closed."""
         try:
-            async with self.client.open_session(self.spec) as session:
+            async with self.open_session(self.spec) as session:
                 if self.state is not None:
                     await session.load_state(self.state)
                 self.sampler = await session.sampler()
@@ -80,6 +80,7 @@ class SamplingSession:
         answers: those of batches that have ended and were not yet received.
         answered: set when there is another.
         finished: set when nothing is drawn any more.
+        leaves: when the answers that were not yet told are to go; None while there are none.
     """
 
     id: str
@@ -92,7 +93,7 @@ class SamplingSession:
     answers: dict[int, Future] = field(default_factory=dict)
     answered: anyio.Event = field(default_factory=anyio.Event)
     finished: anyio.Event = field(default_factory=anyio.Event)
-    linger: float = 0.0
+    leaves: float | None = None
 
     async def sampler(self) -> Sampler:
         """Return the sampler, once it is open.
@@ -134,8 +135,8 @@ class SamplingSession:
 
     def answer(self, number: int, future: Future, took: float) -> None:
         """Give an answer to whoever waits for some; ``took`` seconds were needed to draw it."""
-        if not self.answers:
-            self.linger = min(_LINGER, _SHARE * took)
+        if self.leaves is None:
+            self.leaves = anyio.current_time() + min(_LINGER, _SHARE * took)
         self.answers[number] = future
         self.answered.set()
         if not self.drawing:
@@ -151,14 +152,16 @@ class SamplingSession:
     async def gathered(self, seconds: float) -> bytes:
         """Return the answers that are there, once there is one, as JSON by number; none if there is none in time.
 
-        The first waits for others as long as :attr:`linger` says, and while others are drawn.
+        The first that was not yet told waits for others as long as :attr:`leaves` says, and while others are drawn.
         """
-        if not self.answers:
-            self.answered = anyio.Event()
-            with anyio.move_on_after(seconds):
+        with anyio.move_on_after(seconds):
+            if not self.answers:
+                self.answered = anyio.Event()
                 await self.answered.wait()
-                with anyio.move_on_after(self.linger):
+            if self.leaves is not None:
+                with anyio.CancelScope(deadline=self.leaves):
                     await self.finished.wait()
+        self.leaves = None
         told, size = [], 0
         for number, future in self.answers.items():
             told.append(b'"%d":%s' % (number, future.body))

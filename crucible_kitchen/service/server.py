@@ -7,7 +7,7 @@ All its tasks live in one group: leaving the block ends them, and what is open i
 import base64
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import anyio
 import anyio.abc
 
 from crucible_kitchen.errors import BackendUserError, ModelNotFound, NotFoundError, SessionLost
-from crucible_kitchen.ports import TrainingClient
+from crucible_kitchen.ports import TrainingClient, TrainingSession
 from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
 from crucible_kitchen.service.futures import Future, Futures
@@ -50,9 +50,17 @@ class TrainingServer:
         model: the base model, as the training client takes it.
         home: the state directory.
         limits: what is allowed.
+        loaded: called once, when a first session is open and what sessions need is in memory.
     """
 
-    def __init__(self, client: TrainingClient, model: str, home: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        client: TrainingClient,
+        model: str,
+        home: Path,
+        limits: Limits | None = None,
+        loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         self.client = client
         self.model = model
         self.limits = limits or Limits()
@@ -65,6 +73,7 @@ class TrainingServer:
         self._models: dict[str, TrainedModel] = {}
         self._sampling: dict[str, SamplingSession] = {}
         self._opened: OrderedDict[str, OpenedModel] = OrderedDict()
+        self._loaded: Callable[[], None] | None = loaded
         self._life = secrets.token_hex(6)
         self._group: anyio.abc.TaskGroup
 
@@ -144,11 +153,19 @@ class TrainingServer:
             )
         name = f"{message.session_id}:train:{message.model_seq_id}"
         future = self.futures.create()
-        model = TrainedModel(name, self.client, self._spec(message, name), self.futures, self.limits)
+        model = TrainedModel(name, self._open_session, self._spec(message, name), self.futures, self.limits)
         client.created[message.model_seq_id] = future
         client.models[message.model_seq_id] = self._models[name] = model
         self._group.start_soon(model.run, future)
         return future
+
+    @asynccontextmanager
+    async def _open_session(self, spec: SessionSpec) -> AsyncGenerator[TrainingSession, None]:
+        async with self.client.open_session(spec) as session:
+            loaded, self._loaded = self._loaded, None
+            if loaded is not None:
+                loaded()
+            yield session
 
     def _spec(self, message: m.CreateModel, name: str) -> SessionSpec:
         more = message.crucible or m.ModelExtension()
@@ -262,7 +279,7 @@ class TrainingServer:
         if key in self._opened and not self._opened[key].failure:
             self._opened.move_to_end(key)
             return self._opened[key]
-        opened = self._opened[key] = OpenedModel(self.client, spec, saved.state if saved else None)
+        opened = self._opened[key] = OpenedModel(self._open_session, spec, saved.state if saved else None)
         self._group.start_soon(opened.run)
         while len(self._opened) > self.limits.opened:
             self._opened.popitem(last=False)[1].closing.set()
