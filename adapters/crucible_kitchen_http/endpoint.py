@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 _FORM = "http://host:port"
 _FIRST_DELAY = 0.05
 _SILENT = 2.0  # seconds of failing that are not worth a word
-_LARGE = 1 << 16
+_LARGE = 1 << 18
 _BEAT = 10.0
 
 

@@ -42,7 +42,7 @@ _SUBMITTED = (
     "save_weights_for_sampler",
     "export_model",
 )
-_LARGE = 1 << 16
+_LARGE = 1 << 18
 """Bodies above it are read in a worker thread."""
 
 
