@@ -100,7 +100,7 @@ class RolloutConfig(RunConfig):
         return super().unrepeatable()
 
 
-_OF_GAE = ("gamma", "gae_lambda", "value_coef", "value_clip")
+_OF_GAE = ("gamma", "gae_lambda", "value_lambda", "value_coef", "value_clip", "normalize_values")
 _OF_LOSS = {
     "clip_epsilon": ("ppo", "gspo", "decoupled_ppo"),
     "clip_epsilon_high": ("ppo", "gspo", "decoupled_ppo"),
@@ -124,7 +124,10 @@ class LearnerConfig(RunConfig):
     """Discount per step, with ``advantage=gae``."""
 
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """GAE's lambda."""
+    """GAE's lambda, of the advantages."""
+
+    value_lambda: float = Field(default=1.0, ge=0, le=1)
+    """Lambda of the returns that values learn; 1: sums of rewards to the end of an episode, or to its cut."""
 
     normalize: Normalization = "none"
     """Whiten advantages over each group, the batch, or all seen so far (``running``)."""
@@ -169,7 +172,10 @@ class LearnerConfig(RunConfig):
     """Weight of the value loss."""
 
     value_clip: float | None = Field(default=None, gt=0)
-    """How far values may move from the old ones within an update; unset: as far as they like."""
+    """How far values may move from the old ones within an update, in the units that they learn in; unset: freely."""
+
+    normalize_values: bool | None = None
+    """Learn values in units of the first update's returns; unset: if an update takes more than one optimizer step."""
 
     ppo_epochs: int = Field(default=1, ge=1)
     """Passes over a batch."""
@@ -191,6 +197,13 @@ class LearnerConfig(RunConfig):
         return self.ppo_epochs * self.minibatches
 
     @property
+    def normalizes_values(self) -> bool:
+        """Whether values are learned in units of the first update's returns."""
+        if self.normalize_values is not None:
+            return self.normalize_values
+        return not self.group_relative and self.steps_per_update > 1
+
+    @property
     def weighting(self) -> Aggregation:
         """What a token counts for."""
         if self.aggregation != "auto":
@@ -205,6 +218,8 @@ class LearnerConfig(RunConfig):
             return "ppo_epochs and minibatches need the whole batch"
         if self.normalize == "batch":
             return "normalize=batch needs the whole batch"
+        if self.normalizes_values:
+            return "normalize_values needs the whole batch"
         return None
 
     def batch_because(self, can: TrainingCapabilities) -> str | None:

@@ -5,6 +5,7 @@ Pure functions over groups. Read next: ``crucible_kitchen.stages.policy_update``
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +17,6 @@ from crucible_kitchen.learner import (
     DecoupledPPO,
     EntropyBonus,
     ImportanceSampling,
-    Moments,
     Term,
     ValueLoss,
     WeightedSum,
@@ -32,10 +32,21 @@ from crucible_kitchen.learner import (
     truncated_importance_weights,
 )
 from crucible_kitchen.rl.config import LearnerConfig
+from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import Trajectory, TrajectoryGroup
 from crucible_kitchen.types import Array, Datum, Float64Array, Loss, Output, OutputsLoss
 
-__all__ = ["Scores", "TrainableGroup", "estimate", "needed_scores", "policy_loss", "scoring_datums", "whitened"]
+__all__ = [
+    "Scores",
+    "TrainableGroup",
+    "estimate",
+    "in_value_units",
+    "needed_scores",
+    "policy_loss",
+    "scoring_datums",
+    "settled",
+    "whitened",
+]
 
 Scores: TypeAlias = Mapping[str, Sequence[Array]]
 """What the model says of a group's ``scoring_datums``, by name: ``values``, ``logprobs``, ``reference``."""
@@ -84,24 +95,25 @@ def scoring_datums(group: TrajectoryGroup) -> list[Datum]:
 
 
 def estimate(
-    group: TrajectoryGroup, config: LearnerConfig, scores: Scores, moments: Moments, *, max_length: int
-) -> tuple[TrainableGroup, Moments]:
+    group: TrajectoryGroup, config: LearnerConfig, scores: Scores, scales: Scales, *, max_length: int
+) -> tuple[TrainableGroup, Scales]:
     """Return a group with the advantages of its actions, normalised, and its tokens' weights.
 
     Args:
         group: its trajectories.
         config: the method.
         scores: what ``needed_scores`` asks for, and ``reference`` with a KL term.
-        moments: of all advantages seen before, for ``normalize=running``.
+        scales: what advantages and values are measured by.
         max_length: the constant of the aggregation ``dr_grpo``, tokens.
 
     Returns:
-        The group, not normalised over the batch: see ``whitened``; and the moments to go on with.
+        The group, not normalised over the batch (see ``whitened``), its values and returns in rewards (see
+        ``in_value_units``); and the scales to go on with.
     """
     trajectories = group.trajectories
     rewards = [_rewards(t, i, config, scores) for i, t in enumerate(trajectories)]
     if config.advantage == "gae":
-        values = [np.asarray(v, np.float64) for v in scores["values"]]
+        values = [scales.value_unit * np.asarray(v, np.float64) for v in scores["values"]]
         found = [_gae(t, r, v, config) for t, r, v in zip(trajectories, rewards, values, strict=True)]
         advantages, returns = [f[0] for f in found], [f[1] for f in found]
         values = [v[: len(t)] for v, t in zip(values, trajectories, strict=True)]
@@ -112,7 +124,8 @@ def estimate(
         returns, values = [r * t.mask for r, t in zip(totals, trajectories, strict=True)], []
     if config.normalize in ("group", "running"):
         joined, mask = np.concatenate(advantages), np.concatenate([t.mask for t in trajectories])
-        (joined,), moments = normalize([joined], config.normalize, masks=[mask], moments=moments)
+        (joined,), moments = normalize([joined], config.normalize, masks=[mask], moments=scales.advantages)
+        scales = replace(scales, advantages=moments)
         advantages = np.split(joined, np.cumsum([len(t) for t in trajectories])[:-1])
     datums = tuple(
         _datum(
@@ -130,8 +143,22 @@ def estimate(
             np.concatenate([r[m] for r, m in zip(returns, acted, strict=True)]),
             sum(float(d.loss_inputs["divisor"][0]) for d in datums),
         ),
-        moments,
+        scales,
     )
+
+
+def settled(scales: Scales, groups: Sequence[TrainableGroup], config: LearnerConfig) -> Scales:
+    """Return the scales with the value network's unit, if the method has one that these groups can decide."""
+    if not config.normalizes_values or not groups:
+        return scales
+    return scales.settled_by(np.concatenate([g.returns for g in groups]))
+
+
+def in_value_units(groups: Sequence[TrainableGroup], scales: Scales) -> list[TrainableGroup]:
+    """Return groups whose datums have old values and returns as the value network is to say them."""
+    if not scales.settled:
+        return list(groups)
+    return [replace(g, datums=tuple(_in_units_of(d, scales.value_unit) for d in g.datums)) for g in groups]
 
 
 def whitened(groups: Sequence[TrainableGroup]) -> list[TrainableGroup]:
@@ -188,20 +215,22 @@ def _rewards(t: Trajectory, i: int, config: LearnerConfig, scores: Scores) -> Fl
 def _gae(
     t: Trajectory, rewards: Float64Array, values: Float64Array, config: LearnerConfig
 ) -> tuple[Float64Array, Float64Array]:
+    """Return advantages, and the returns that values learn, which may look further ahead."""
     over = np.zeros(len(t), dtype=bool)
     over[-1] = t.terminated
     cut = np.zeros(len(t), dtype=bool)
     cut[-1] = not t.terminated
-    return gae(
+    estimated = partial(
+        gae,
         rewards,
         values[: len(t)],
         gamma=config.gamma,
-        lam=config.gae_lambda,
         terminated=over,
         truncated=cut,
         bootstrap=values[len(t)],
         mask=t.mask,
     )
+    return estimated(lam=config.gae_lambda).advantages, estimated(lam=config.value_lambda).returns
 
 
 def _relative(config: LearnerConfig, totals: Float64Array) -> Float64Array:
@@ -250,6 +279,11 @@ def _with_advantages(group: TrainableGroup, advantages: Float64Array) -> Trainab
         at += n
         datums.append(Datum(d.inputs, {**d.loss_inputs, "advantages": changed}, d.key))
     return replace(group, datums=tuple(datums), advantages=advantages)
+
+
+def _in_units_of(datum: Datum, unit: float) -> Datum:
+    learned = {name: np.asarray(datum.loss_inputs[name]) / unit for name in ("returns", "values")}
+    return replace(datum, loss_inputs={**datum.loss_inputs, **learned})
 
 
 def _key(group: TrajectoryGroup, member: int) -> str:

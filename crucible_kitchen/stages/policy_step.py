@@ -12,10 +12,10 @@ import anyio
 
 from crucible_kitchen.config import AdamConfig
 from crucible_kitchen.errors import NonFiniteLoss
-from crucible_kitchen.learner import Moments
 from crucible_kitchen.ports import Pending, TrainingSession, TrainingStepScope
 from crucible_kitchen.rl.config import LearnerConfig
 from crucible_kitchen.rl.learning import Scores, needed_scores, policy_loss, scoring_datums
+from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.rollout import ReinforcementPartsConfig
 from crucible_kitchen.stages.training import step_rate
@@ -35,11 +35,11 @@ class PolicyStep(StepResult):
 
     Attributes:
         policy: what all of them say of the policy: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``...
-        moments: of the advantages seen so far, for ``normalize=running``.
+        scales: what the next update's advantages and values are measured by.
     """
 
     policy: Mapping[str, float] = field(default_factory=dict)
-    moments: Moments = field(default_factory=Moments)
+    scales: Scales = field(default_factory=Scales)
 
 
 class Update:
@@ -71,7 +71,7 @@ class Update:
         self._pending.append((place, pending))
         self._keys += [datum.key for datum in datums]
 
-    async def apply(self, scope: TrainingStepScope, run: Run, moments: Moments) -> PolicyStep:
+    async def apply(self, scope: TrainingStepScope, run: Run, scales: Scales) -> PolicyStep:
         """Apply the step and return what is reported of it."""
         config = self._config
         total_steps = config.num_rollouts * config.steps_per_update
@@ -95,7 +95,7 @@ class Update:
             tokens_per_sec=tokens / taken,
             metrics=dict(outcome.metrics),
             policy=_policy_metrics(_summed(results), self.divisor),
-            moments=moments,
+            scales=scales,
         )
 
 

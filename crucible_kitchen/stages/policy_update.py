@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from crucible_kitchen.errors import CapabilityError
-from crucible_kitchen.learner import Moments
 from crucible_kitchen.ports import TrainingClient, TrainingSession
 from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.config import LearnerConfig
-from crucible_kitchen.rl.learning import TrainableGroup, estimate, whitened
+from crucible_kitchen.rl.learning import TrainableGroup, estimate, in_value_units, settled, whitened
+from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.policy_reports import advantages_event, pooled, report_pass
 from crucible_kitchen.stages.policy_step import PolicyStep, Update, UpdateConfig, divisor_of, loss_of, scores_of
@@ -39,7 +39,7 @@ class Advantages:
     """The groups of one update with what their actions were worth, in the order of drawing."""
 
     groups: tuple[TrainableGroup, ...]
-    moments: Moments
+    scales: Scales
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,16 +69,18 @@ async def compute_advantages(
     """Wait for all rollouts of the update and compute what their actions were worth."""
     groups = await rollouts.all()
     scores = await scores_of(session, groups, config)
-    moments = step.moments if step is not None else Moments()
+    scales = step.scales if step is not None else Scales()
     found = []
     for group, score in zip(groups, scores, strict=True):
-        trainable, moments = estimate(group, config, score, moments, max_length=config.max_tokens)
+        trainable, scales = estimate(group, config, score, scales, max_length=config.max_tokens)
         found.append(trainable)
+    scales = settled(scales, found, config)
+    found = in_value_units(found, scales)
     if config.normalize == "batch":
         found = whitened(found)
     if found:
         run.emit(advantages_event(found))
-    yield Advantages(tuple(found), moments)
+    yield Advantages(tuple(found), scales)
 
 
 @stage(writes="rl_batch")
@@ -146,7 +148,7 @@ async def ppo_update(
             update = Update(session, config, divisor if not fold else 1.0)
             async with session.step(update.index) as scope:
                 await update.submit(scope, datums, loss, None)
-                last = await update.apply(scope, run, advantages.moments)
+                last = await update.apply(scope, run, advantages.scales)
             passes[-1].append(last.policy)
         report_pass(run, passes[-1], epoch, rl_batch.trajectories)
     assert last is not None, "a batch has trajectories"
@@ -165,18 +167,18 @@ async def streaming_update(
     step: PolicyStep | None = None,
 ) -> PolicyStep:
     """Compute each group's gradient as it arrives, and take one optimizer step when the batch is complete."""
-    loss, moments = loss_of(config, session), step.moments if step is not None else Moments()
+    loss, scales = loss_of(config, session), step.scales if step is not None else Scales()
     ordered = session.capabilities.ordered_accumulation
     found: list[TrainableGroup] = []
     update = Update(session, config, 0.0)
     async with session.step(update.index) as scope:
         async for group in rollouts:
             (scores,) = await scores_of(session, [group], config)
-            trainable, moments = estimate(group, config, scores, moments, max_length=config.max_tokens)
+            trainable, scales = estimate(group, config, scores, scales, max_length=config.max_tokens)
             found.append(trainable)
             update.divisor += trainable.divisor
             await update.submit(scope, trainable.datums, loss, trainable.index if ordered else None)
-        done = await update.apply(scope, run, moments)
+        done = await update.apply(scope, run, scales)
     found.sort(key=lambda g: g.index)
     run.emit(advantages_event(found))
     report_pass(run, [done.policy], 0, sum(len(g.datums) for g in found))

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crucible_kitchen.config import build_config
 from crucible_kitchen.errors import ConfigError
@@ -11,17 +13,27 @@ from crucible_kitchen.learner import (
     PPO,
     DecoupledPPO,
     ImportanceSampling,
-    Moments,
     WeightedSum,
+    discounted_returns,
     gae,
     grpo,
     rloo,
 )
 from crucible_kitchen.rl.config import LearnerConfig
-from crucible_kitchen.rl.learning import estimate, needed_scores, policy_loss, scoring_datums, whitened
+from crucible_kitchen.rl.learning import (
+    estimate,
+    in_value_units,
+    needed_scores,
+    policy_loss,
+    scoring_datums,
+    settled,
+    whitened,
+)
+from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import EnvFault, Scored, Ticket, Trajectory, TrajectoryGroup, Truncated
 
 MASK = np.array([False, True, True, False, True])
+VALUES = np.array([0.1, 0.2, 0.3, 9.0, 0.5, 0.7])
 
 
 def trajectory(reward, *, terminated=True, mask=MASK, inner=0.0):
@@ -50,8 +62,8 @@ def learner(**values):
     return build_config(LearnerConfig, values)
 
 
-def estimated(found, scores=None, moments=None, **values):
-    return estimate(found, learner(**values), scores or {}, moments or Moments(), max_length=10)
+def estimated(found, scores=None, scales=None, **values):
+    return estimate(found, learner(**values), scores or {}, scales or Scales(), max_length=10)
 
 
 def advantages(trainable):
@@ -79,7 +91,7 @@ def test_gae_removes_holes_and_takes_the_value_of_what_followed_a_cut():
     values = [np.array([0.1, 0.2, 0.3, 9.0, 0.5, 0.7])]
     for terminated in (True, False):
         found = TrajectoryGroup(Ticket(0, 0), (Truncated(trajectory(1.0, terminated=terminated)),))
-        trainable, _ = estimated(found, {"values": values}, gamma=0.9, gae_lambda=0.8)
+        trainable, _ = estimated(found, {"values": values}, gamma=0.9, gae_lambda=0.8, value_lambda=0.8)
         wanted = gae(
             [0.0, 0.0, 1.0],
             [0.2, 0.3, 0.5],
@@ -92,6 +104,80 @@ def test_gae_removes_holes_and_takes_the_value_of_what_followed_a_cut():
         assert datum.loss_inputs["advantages"][MASK] == pytest.approx(wanted.advantages, abs=1e-12)
         assert datum.loss_inputs["returns"][MASK] == pytest.approx(wanted.returns, abs=1e-12)
         assert list(datum.loss_inputs["values"]) == list(values[0][:5])
+
+
+def test_values_learn_sums_of_rewards_to_the_end_whatever_lambda_advantages_have():
+    for terminated in (True, False):
+        found = TrajectoryGroup(Ticket(0, 0), (Truncated(trajectory(1.0, inner=4.0, terminated=terminated)),))
+        one, other = (estimated(found, {"values": [VALUES]}, gamma=0.9, gae_lambda=lam)[0] for lam in (0.3, 0.8))
+        sums = discounted_returns(
+            [4.0, 0.0, 1.0], gamma=0.9, terminated=[False, False, terminated], bootstrap=VALUES[-1]
+        )
+        assert one.returns == pytest.approx(sums, abs=1e-12)
+        assert list(one.returns) == list(other.returns)
+        assert not np.allclose(one.advantages, other.advantages)
+
+
+def test_values_are_read_in_the_units_that_their_network_computes_in():
+    found = group(1.0)
+    plain, _ = estimated(found, {"values": [VALUES]})
+    other, scales = estimated(found, {"values": [VALUES / 4]}, Scales(value_unit=4.0, settled=True))
+    assert other.advantages == pytest.approx(plain.advantages, abs=1e-12)
+    assert other.returns == pytest.approx(plain.returns, abs=1e-12)
+    (measured,) = in_value_units([other], scales)
+    assert measured.datums[0].loss_inputs["returns"][MASK] == pytest.approx(plain.returns / 4, abs=1e-12)
+    assert measured.datums[0].loss_inputs["values"] == pytest.approx(VALUES[:-1] / 4, abs=1e-12)
+    assert list(measured.returns) == list(other.returns), "what is reported is in rewards"
+
+
+@given(st.floats(1e-3, 1e3))
+def test_in_units_of_the_first_returns_values_learn_the_same_whatever_a_reward_of_1_is_worth(scale):
+    config = {"ppo_epochs": 2, "normalize": "batch"}
+    scores = {"values": [np.zeros(6)] * 2}
+    learned = []
+    for factor in (1.0, scale):
+        found = [
+            estimated(group(3 * factor, -factor, index=i, inner=i * factor), scores, **config)[0] for i in range(2)
+        ]
+        scales = settled(Scales(), found, learner(**config))
+        datums = [d for g in whitened(in_value_units(found, scales)) for d in g.datums]
+        learned.append([np.concatenate([d.loss_inputs[k][MASK] for d in datums]) for k in ("returns", "advantages")])
+    assert np.square(learned[0][0]).mean() == pytest.approx(1.0, abs=1e-12)
+    assert learned[1][0] == pytest.approx(learned[0][0], abs=1e-9)
+    assert learned[1][1] == pytest.approx(learned[0][1], rel=1e-2), "but for the epsilon in the divisor"
+
+
+def test_the_unit_is_the_root_mean_square_of_the_first_returns_that_are_not_all_0_and_stays():
+    config, scores = learner(ppo_epochs=2), {"values": [np.zeros(6)] * 2}
+    zeros, first, later = (
+        estimated(group(*rewards), scores, ppo_epochs=2, gamma=1.0)[0]
+        for rewards in ((0.0, 0.0), (1.0, 7.0), (50.0, 90.0))
+    )
+    nothing = settled(Scales(), [], config)
+    unknown = settled(nothing, [zeros], config)
+    assert nothing == unknown == Scales()
+    assert in_value_units([zeros], unknown) == [zeros]
+    known = settled(unknown, [first], config)
+    assert known == Scales(value_unit=5.0, settled=True)
+    assert settled(known, [later], config) == known
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, False),
+        ({"ppo_epochs": 2}, True),
+        ({"minibatches": 2}, True),
+        ({"normalize_values": True}, True),
+        ({"normalize_values": False, "ppo_epochs": 2}, False),
+        ({"advantage": "grpo", "ppo_epochs": 2}, False),
+    ],
+)
+def test_values_are_normalised_where_an_update_takes_several_steps_unless_told_otherwise(values, wanted):
+    config = learner(**values)
+    assert config.normalizes_values is wanted
+    found, _ = estimated(group(1.0, 3.0), {"values": [np.zeros(6)] * 2}, **values)
+    assert settled(Scales(), [found], config).settled is wanted
 
 
 def test_what_has_to_be_scored_is_one_position_longer_than_the_trajectory():
@@ -144,9 +230,9 @@ def test_importance_weights_correct_for_a_sampler_with_other_numbers():
 
 def test_running_moments_depend_on_earlier_groups_only_and_go_on():
     groups = [group(1.0, 0.0, index=0), group(3.0, 0.0, index=1)]
-    one, moments = estimated(groups[0], advantage="centred", normalize="running")
-    two, after = estimated(groups[1], moments=moments, advantage="centred", normalize="running")
-    assert (moments.count, after.count) == (6, 12)
+    one, scales = estimated(groups[0], advantage="centred", normalize="running")
+    two, after = estimated(groups[1], scales=scales, advantage="centred", normalize="running")
+    assert (scales.advantages.count, after.advantages.count) == (6, 12)
     alone, _ = estimated(groups[1], advantage="centred", normalize="running")
     assert advantages(two)[0][1] != advantages(alone)[0][1]
     assert np.std(np.concatenate([a[MASK] for a in advantages(one)]), ddof=1) == pytest.approx(1.0)
@@ -217,6 +303,9 @@ def test_values_and_exact_entropy_are_terms_of_their_own():
         ({"kl_in": "loss"}, "kl_in has no meaning without kl_coef"),
         ({"learner": "streaming", "ppo_epochs": 2}, "streaming is not possible"),
         ({"learner": "streaming", "normalize": "batch"}, "streaming is not possible"),
+        ({"learner": "streaming", "normalize_values": True}, "streaming is not possible: normalize_values"),
+        ({"advantage": "rloo", "normalize_values": False}, "normalize_values belongs to advantage=gae"),
+        ({"advantage": "rloo", "value_lambda": 0.9}, "value_lambda belongs to advantage=gae"),
         ({"loss": "cispo", "ratio_min": 5.0}, "ratio_min is above ratio_max"),
     ],
 )

@@ -93,7 +93,7 @@ class World:
 
 
 def numbers(state):
-    keep = ("policy", "loss", "grad_norm", "moments", "step")
+    keep = ("policy", "loss", "grad_norm", "scales", "step")
     return {key: getattr(state["step"], key) for key in keep} | {"weights": state["final_weights"].sha256}
 
 
