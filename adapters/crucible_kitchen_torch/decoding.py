@@ -198,7 +198,7 @@ class Decoding:
             if not here:
                 continue
             rows = self._new_rows(here)
-            self._room(max(job.width for job in here)).put(rows, pairs, prompt, len(ids))
+            self._room().put(rows, pairs, prompt, len(ids), max(job.width for job in here))
             index = torch.tensor(rows)
             self._at[index] = len(ids)
             assert self._scores is not None
@@ -219,12 +219,11 @@ class Decoding:
         self._scores = torch.cat([scores, scores.new_zeros(len(jobs), scores.shape[1])])
         return list(range(first, len(self._rows)))
 
-    def _room(self, columns: int) -> Slots:
-        """Return the cache, with a row for everybody and so many columns at least."""
+    def _room(self) -> Slots:
+        """Return the cache."""
         if self._slots is None:
-            size = (FIXED_ROWS, self._columns) if self._fixed else (len(self._rows), columns)
+            size = (FIXED_ROWS, self._columns) if self._fixed else (0, 0)
             self._slots = Slots(self._model, *size, fixed=self._fixed)
-        self._slots.reserve(len(self._rows), columns)
         return self._slots
 
     def _step(self) -> list[tuple[Job, Sampled]]:

@@ -96,7 +96,7 @@ class CausalModel(Protocol):
             tokens: int64 [B, T], padded on the *left*.
             positions: int64 [B, T].
             mask: bool [B, S], true where there is a token; S counts the cache and this call.
-            cache: what the last call returned; None at the beginning.
+            cache: an empty one of ``kvcache.prompt_cache``, then what the last call returned.
 
         Returns:
             scores [B, V] and the cache.

@@ -49,18 +49,19 @@ class TinyConfig:
 
 
 class TinyCache:
-    """Keys and values of the positions seen so far, [B, H, S, D / H] per layer."""
+    """Keys and values of the positions seen so far, [B, H, S, D / H] of each layer."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this call's keys and values and return all."""
-        seen = self._layers[layer]
-        if seen is not None:
-            k, v = torch.cat([seen[0], k], dim=2), torch.cat([seen[1], v], dim=2)
-        self._layers[layer] = (k, v)
-        return k, v
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Append this call's keys and values, and attend to all: [B, T, H, D / H]."""
+        if layer == len(self.pairs):
+            self.pairs.append((k, v))
+        else:
+            seen = self.pairs[layer]
+            self.pairs[layer] = (torch.cat([seen[0], k], dim=2), torch.cat([seen[1], v], dim=2))
+        return F.scaled_dot_product_attention(q, *self.pairs[layer], attn_mask=mask).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -104,12 +105,12 @@ class Attention(nn.Module):
             p(x).view(rows, length, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
         if isinstance(look, Sequence):
             y = attend_by_run(_causal, q, k, v, look)
+        elif cache is not None and look is not None:
+            y = cache.attend(layer, q, k, v, look)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=look, is_causal=look is None).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         return self.o_proj(y.reshape(rows, length, width))  # type: ignore[no-any-return]
 
 

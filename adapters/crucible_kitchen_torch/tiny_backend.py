@@ -17,7 +17,7 @@ from crucible_kitchen_torch.faults import storage_errors
 from crucible_kitchen_torch.lora import add_lora, merge_lora
 from crucible_kitchen_torch.models import TINY_TYPE, ModelFacts
 from crucible_kitchen_torch.placement import Placement
-from crucible_kitchen_torch.tiny import TinyCache, TinyConfig, TinyModel
+from crucible_kitchen_torch.tiny import TinyConfig, TinyModel
 from crucible_kitchen_torch.tokenizers import ByteTokenizer
 from crucible_kitchen_torch.unpadded import Joins, positions, runs
 
@@ -69,8 +69,6 @@ class TinyBackend:
 
     def next_scores(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """See ``CausalModel``."""
-        if cache is None:
-            cache = TinyCache(self._model.config.layers)
         look = mask[:, None, None, :]  # [B, 1, 1, S]
         new, seen = tokens.shape[1], mask.shape[1]
         if new > 1:

@@ -6,24 +6,28 @@ transformers' own ``sdpa``. Read next: ``huggingface.py``.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from crucible_kitchen_torch.unpadded import Joins, Run, attend_by_run, looks_back, runs
 
-__all__ = ["SDPA", "separated", "use_unpadded"]
+__all__ = ["SDPA", "attending", "separated", "use_unpadded"]
 
 NAME = "crucible_kitchen_rows"
 SDPA = ("sdpa", NAME)
 """Names under which attention takes boolean masks."""
 
 _LAYERS = {"full_attention", "sliding_attention"}
-_current = threading.local()  # the rows of the forward pass under way in this thread
+_current = threading.local()  # the rows of the forward pass under way in this thread, and who attends in it
+
+
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
+"""Maps a layer's number, queries [B, H, T, E], keys, values, mask and scale to [B, T, H, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,16 @@ def separated(lengths: Sequence[int], joins: Joins | None = None) -> Iterator[No
         yield
     finally:
         _current.runs = None
+
+
+@contextmanager
+def attending(attend: Attend | None) -> Iterator[None]:
+    """Attend by this function inside the block; None: as transformers does."""
+    _current.attend = attend
+    try:
+        yield
+    finally:
+        _current.attend = None
 
 
 def _mask(**given: Any) -> Any:
@@ -94,11 +108,15 @@ def _attend(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    attend: Attend | None = getattr(_current, "attend", None)
+    if attend is not None:
+        layer: Any = module.layer_idx
+        return attend(layer, query, key, value, attention_mask, given.get("scaling")), None
     if not isinstance(attention_mask, _Rows):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     masks = attention_mask.masks
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, run: int) -> Tensor:
+    def of_run(q: Tensor, k: Tensor, v: Tensor, run: int) -> Tensor:
         return sdpa_attention_forward(module, q, k, v, masks[run], **given)[0]  # type: ignore[no-any-return]
 
-    return attend_by_run(attend, query, key, value, attention_mask.runs), None
+    return attend_by_run(of_run, query, key, value, attention_mask.runs), None
