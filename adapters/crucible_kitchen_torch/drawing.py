@@ -88,7 +88,10 @@ def _invert(scores: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     """
     count, size = scores.shape
     highest = scores.amax(dim=-1, keepdim=True)
-    mass = F.pad((scores - highest).exp(), (0, -size % _BLOCK)).view(count, -1, _BLOCK)
+    mass = (scores - highest).exp_()
+    if size % _BLOCK:
+        mass = F.pad(mass, (0, -size % _BLOCK))
+    mass = mass.view(count, -1, _BLOCK)
     heights = mass.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     whole = heights[:, -1:]
     goal = torch.minimum(at[:, None] * whole, _below(whole))

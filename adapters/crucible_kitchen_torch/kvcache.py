@@ -27,7 +27,7 @@ Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 Begin: TypeAlias = "Callable[[Slots, list[int], Pairs, int, int], None]"
 """``Slots.share`` or ``Slots.copy``."""
 
-WORTH_SHARING = 1024
+WORTH_SHARING = 512
 """Fewest positions that sharing a prompt keeps from being stored again: attention in parts costs a little."""
 
 NOWHERE = torch.iinfo(torch.int64).max

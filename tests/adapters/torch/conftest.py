@@ -50,6 +50,51 @@ def llama(tmp_path_factory) -> Path:
     return directory
 
 
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+    "pad_token_id": 2,
+    "initializer_range": 0.2,
+}
+GPT = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1, "initializer_range": 0.2}
+FAMILIES = {
+    "Mistral": SMALL | {"sliding_window": 8},
+    "Gemma2": SMALL | {"sliding_window": 8},
+    "Gemma3": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "Qwen3": SMALL,
+    "GPT2": GPT,
+    "Bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1},
+}
+
+
+@pytest.fixture
+def random_model(tmp_path, llama):
+    """Write a random model of a family, with the tokenizer of the small Llama, and return its directory."""
+
+    def written(family: str) -> Path:
+        import torch
+        import transformers
+
+        (directory := tmp_path / family).mkdir()
+        name = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
+        config = getattr(transformers, name)(**FAMILIES[family])
+        torch.manual_seed(0)
+        name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+        getattr(transformers, name)(config).save_pretrained(directory)
+        for file in llama.glob("*token*"):
+            (directory / file.name).write_bytes(file.read_bytes())
+        return directory
+
+    return written
+
+
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory) -> Path:
     """A .gguf file with a random Llama of 2 layers and its tokenizer."""

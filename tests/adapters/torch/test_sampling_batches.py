@@ -273,49 +273,11 @@ async def test_the_distribution_drawn_from_is_that_of_generate(tmp_path, llama):
             np.testing.assert_allclose(sample.logprobs, want.numpy(), atol=1e-5)
 
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-    "pad_token_id": 2,
-    "initializer_range": 0.2,
-}
-GPT = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1, "initializer_range": 0.2}
-FAMILIES = {
-    "Mistral": SMALL | {"sliding_window": 8},
-    "Gemma2": SMALL | {"sliding_window": 8},
-    "Gemma3": SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "Qwen3": SMALL,
-    "GPT2": GPT,
-    "Bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 1},
-}
-
-
-def random_model(family, llama, directory):
-    """A random model of a family with the other fixture's tokenizer."""
-    import transformers
-
-    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config"))(**FAMILIES[family])
-    torch.manual_seed(0)
-    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    getattr(transformers, name)(config).save_pretrained(directory)
-    for file in llama.glob("*token*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
-
-
 @pytest.mark.parametrize("family", [None, "Mistral", "Gemma2", "Gemma3", "Qwen3", "GPT2"])
-async def test_greedy_tokens_asked_for_at_once_are_those_of_generate(tmp_path, llama, family):
+async def test_greedy_tokens_asked_for_at_once_are_those_of_generate(tmp_path, llama, random_model, family):
     from transformers import AutoModelForCausalLM
 
-    (directory := tmp_path / "model").mkdir()
-    directory = random_model(family, llama, directory) if family else llama
+    directory = random_model(family) if family else llama
     model = AutoModelForCausalLM.from_pretrained(directory)
     async with session(tmp_path, directory) as opened:
         sampler = await opened.sampler()
@@ -326,10 +288,9 @@ async def test_greedy_tokens_asked_for_at_once_are_those_of_generate(tmp_path, l
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Gemma3", "Qwen3", "GPT2"])
-async def test_merged_samples_of_every_family_agree_with_its_training_forward_pass(tmp_path, llama, family):
+async def test_merged_samples_of_every_family_agree_with_its_training_forward_pass(tmp_path, random_model, family):
     """Windows, caps on scores and learned positions included; the prompts are longer than the window."""
-    (directory := tmp_path / "model").mkdir()
-    async with session(tmp_path, random_model(family, llama, directory)) as opened:
+    async with session(tmp_path, random_model(family)) as opened:
         sampler = await opened.sampler()
         requests = [
             (p, replace(PARAMS, seed=i, mode=m), 2) for m in ("fast", "deterministic") for i, p in enumerate(PROMPTS)
@@ -340,9 +301,8 @@ async def test_merged_samples_of_every_family_agree_with_its_training_forward_pa
                 np.testing.assert_allclose(trained[len(prompt) - 1 :], sample.logprobs, atol=1e-5)
 
 
-async def test_a_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path, llama):
-    (directory := tmp_path / "model").mkdir()
-    async with session(tmp_path, random_model("Bloom", llama, directory)) as opened:
+async def test_a_model_that_keeps_more_than_keys_and_values_is_refused(tmp_path, random_model):
+    async with session(tmp_path, random_model("Bloom")) as opened:
         sampler = await opened.sampler()
         with pytest.raises(CapabilityError, match="cannot be sampled here"):
             await sampler.sample([5], PARAMS)
