@@ -116,6 +116,25 @@ def test_a_lora_target_that_matches_nothing_is_refused_with_what_there_is(tmp_pa
     assert "q_proj" in error.value.hint
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("lora", [None, LoraSpec(4)], ids=["all", "lora"])
+async def test_a_lora_target_that_matches_nothing_leaves_open_sessions_and_their_client_usable(tmp_path, llama, lora):
+    client, datums = TorchTrainingClient(device="cpu", threads=1), [Datum.from_tokens([5, 6, 7], [1] * 3)]
+
+    def spec(targets):
+        return SessionSpec(str(llama), LoraSpec(4, targets=targets), 0, str(tmp_path))
+
+    async with client.open_session(SessionSpec(str(llama), lora, 0, str(tmp_path))) as session:
+        before = (await (await session.forward(datums))).logprobs
+        with pytest.raises(CapabilityError, match="nothing_like_it"):
+            async with client.open_session(spec(("nothing_like_it",))):
+                pass
+        after = (await (await session.forward(datums))).logprobs
+        assert after[0].tobytes() == before[0].tobytes()
+    async with client.open_session(spec(("q_proj",))) as session:
+        assert len((await (await session.forward(datums))).logprobs) == 1
+
+
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere", "nowhere.gguf", "a/b/c", ""])
 def test_a_path_that_leads_nowhere_is_not_found_without_a_connection(tmp_path, name):
     with pytest.raises(ModelNotFound) as error:
