@@ -2,10 +2,11 @@
 
 Both learn ``CartPole-v1`` with eight environments, two hidden layers of 64, GAE(0.98, 0.8), ten epochs of PPO clip 0.2,
 Adam from 1e-3 linearly to 0, gradients clipped to norm 0.5; an update is made of 256 steps of each environment, in 8
-minibatches. They differ in that advantages are normalised over the update here and over the minibatch there. *Solved*
-is the first update after which the last forty episodes of training have a mean return of 475 or more. Medians over the
-seeds, one thread for torch on both sides. Stable-Baselines3 is looked for in ``--peers``, which ``make peers`` fills;
-without it, that is said.
+minibatches. They differ in what values learn: sums of rewards here, in units of the first update's returns, and returns
+by GAE's lambda there, in rewards; and advantages are normalised over the update here, over the minibatch there.
+*Solved* is the first update after which the last forty episodes of training have a mean return of 475 or more. Medians
+over the seeds, one thread for torch on both sides. Stable-Baselines3 is looked for in ``--peers``, which ``make peers``
+fills; without it, that is said.
 
     python benchmarks/bench_cartpole.py [--seeds 5] [--updates 40] [--peers .peers]
 """
