@@ -4,6 +4,7 @@ An event carries measurements (numbers) and metadata (words), named as in ``cruc
 is made from this file. It knows no sink and no store. Read next: ``crucible_kitchen.telemetry``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
@@ -413,14 +414,26 @@ class PPOUpdated(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RLStep(Event):
-    """One update of the policy, all passes together. ``step`` counts updates from 1."""
+    """One update of the policy, all passes together. ``step`` counts updates from 1.
+
+    ``sampler_mismatch`` is the greatest difference, in nats, between a token's log-probability as its sampler gave it
+    and as the training pass computes it, over what the policy that is updated sampled itself; where that is nothing,
+    what the update before found.
+    """
 
     name: ClassVar[str] = "rl.step"
-    measurements: ClassVar[tuple[str, ...]] = ("reward_mean", "policy_loss", "entropy", "clip_fraction")
+    measurements: ClassVar[tuple[str, ...]] = (
+        "reward_mean",
+        "policy_loss",
+        "entropy",
+        "clip_fraction",
+        "sampler_mismatch",
+    )
     reward_mean: float
     policy_loss: float
     entropy: float
     clip_fraction: float
+    sampler_mismatch: float = math.nan
     step: int
 
 

@@ -99,7 +99,7 @@ EVENTS = {  # name: measurements | metadata
     "| rollout_index groups seconds outcomes metrics",
     "rl.advantages_computed": "advantage_mean advantage_std return_mean return_std num_steps |",
     "rl.ppo_update": "policy_loss value_loss entropy clip_fraction kl_divergence | epoch batch_size",
-    "rl.step": "reward_mean policy_loss entropy clip_fraction | step",
+    "rl.step": "reward_mean policy_loss entropy clip_fraction sampler_mismatch | step",
     "rl.pipeline": "overlap_efficiency learner_idle_share queue_depth in_flight staleness_mean staleness_max waste "
     "length_bias | step slowest staleness ledger learner_seconds worker_seconds",
     "rl.group_dropped": "| index reason",

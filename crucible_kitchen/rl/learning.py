@@ -43,6 +43,8 @@ __all__ = [
     "in_value_units",
     "needed_scores",
     "policy_loss",
+    "sampled_by",
+    "sampler_mismatch",
     "scoring_datums",
     "settled",
     "whitened",
@@ -61,14 +63,14 @@ class TrainableGroup:
     Attributes:
         index: of its drawing.
         datums: one per trajectory.
-        masks: bool [T] each, where the policy acted.
+        trajectories: what they were made of.
         advantages, returns: float64, of all positions where the policy acted, joined.
         divisor: what it adds to the number that the optimizer step divides by.
     """
 
     index: int
     datums: tuple[Datum, ...]
-    masks: tuple[Array, ...]
+    trajectories: tuple[Trajectory, ...]
     advantages: Float64Array
     returns: Float64Array
     divisor: float
@@ -138,7 +140,7 @@ def estimate(
         TrainableGroup(
             group.ticket.index,
             datums,
-            tuple(acted),
+            tuple(trajectories),
             np.concatenate([a[m] for a, m in zip(advantages, acted, strict=True)]),
             np.concatenate([r[m] for r, m in zip(returns, acted, strict=True)]),
             sum(float(d.loss_inputs["divisor"][0]) for d in datums),
@@ -165,6 +167,31 @@ def whitened(groups: Sequence[TrainableGroup]) -> list[TrainableGroup]:
     """Return groups with their advantages normalised over the whole batch (``normalize=batch``)."""
     found, _ = normalize([g.advantages for g in groups], "batch")
     return [_with_advantages(g, a) for g, a in zip(groups, found, strict=True)]
+
+
+def sampled_by(version: int, groups: Sequence[TrainableGroup]) -> list[Float64Array]:
+    """Return the sampler's log-probabilities, [T] per datum; NaN where no policy sampled, or another than this."""
+    return [
+        np.where(t.mask & (t.versions == version), t.logprobs.astype(np.float64), np.nan)
+        for group in groups
+        for t in group.trajectories
+    ]
+
+
+def sampler_mismatch(sampled: Sequence[Float64Array], trained: Sequence[Array], before: float = np.nan) -> float:
+    """Return by how much, at most, a policy's log-probabilities differ between its sampler and the training pass.
+
+    Args:
+        sampled: [T] per datum, see ``sampled_by``.
+        trained: of the same tokens, [T] per datum, as the first optimizer step of an update computed them.
+        before: what was found last.
+
+    Returns:
+        The greatest difference of a token, nats; ``before`` if the policy sampled none of them.
+    """
+    differences = np.abs(np.concatenate(sampled) - np.concatenate(trained))
+    own = differences[~np.isnan(differences)]
+    return float(own.max()) if len(own) else before
 
 
 def policy_loss(config: LearnerConfig, *, exact_entropy: bool) -> Loss | OutputsLoss:
@@ -272,7 +299,7 @@ def _datum(
 def _with_advantages(group: TrainableGroup, advantages: Float64Array) -> TrainableGroup:
     """Return the group with other advantages where the policy acted."""
     datums, at = [], 0
-    for d, mask in zip(group.datums, group.masks, strict=True):
+    for d, mask in zip(group.datums, (t.mask for t in group.trajectories), strict=True):
         n = int(mask.sum())
         changed = np.zeros(len(d))
         changed[mask] = advantages[at : at + n]

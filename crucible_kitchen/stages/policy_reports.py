@@ -60,6 +60,7 @@ async def log_rl_metrics(
             policy_loss=metrics["policy_loss"],
             entropy=metrics["entropy"],
             clip_fraction=metrics["clip_fraction"],
+            sampler_mismatch=metrics["sampler_mismatch"],
             step=rollouts.update + 1,
         )
     )

@@ -19,7 +19,7 @@ from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.rollout import ReinforcementPartsConfig
 from crucible_kitchen.stages.training import step_rate
-from crucible_kitchen.types import Datum, ForwardBackwardResult, Loss, OutputsLoss, StepResult
+from crucible_kitchen.types import Array, Datum, ForwardBackwardResult, Loss, OutputsLoss, StepResult
 from crucible_kitchen.workflow.run import Run
 
 __all__ = ["PolicyStep", "Update", "UpdateConfig", "divisor_of", "loss_of", "scores_of"]
@@ -34,7 +34,8 @@ class PolicyStep(StepResult):
     """The optimizer steps of one update; ``loss`` and rates are of the last.
 
     Attributes:
-        policy: what all of them say of the policy: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``...
+        policy: what all of them say of the policy: ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction``...;
+            and ``sampler_mismatch``, what the first found of its sampler.
         scales: what the next update's advantages and values are measured by.
     """
 
@@ -49,11 +50,15 @@ class Update:
         session: takes it.
         config: how.
         divisor: what the sum of its gradients is divided by; may be set as late as ``apply``.
+
+    Attributes:
+        logprobs: of the tokens trained, [T] per datum in the order of submission, before the step; once applied.
     """
 
     def __init__(self, session: TrainingSession, config: UpdateConfig, divisor: float) -> None:
         self.index = session.position
         self.divisor = divisor
+        self.logprobs: list[Array] = []
         self._session = session
         self._config = config
         self._began = anyio.current_time()
@@ -77,8 +82,9 @@ class Update:
         total_steps = config.num_rollouts * config.steps_per_update
         rate = step_rate(self.index, total_steps, config, self._session.info)
         applied = await scope.apply(config.adam(rate), scale=1.0 / self.divisor)
-        ordered = sorted(self._pending, key=lambda pair: pair[0])
-        results = [await pending for _, pending in ordered]
+        found = [(place, await pending) for place, pending in self._pending]
+        self.logprobs = [logprobs for _, result in found for logprobs in result.logprobs]
+        results = [result for _, result in sorted(found, key=lambda pair: pair[0])]
         loss = sum(r.loss for r in results) / self.divisor
         if not math.isfinite(loss):
             raise NonFiniteLoss("the loss", self.index + 1, self._keys)

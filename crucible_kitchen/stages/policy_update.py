@@ -4,6 +4,7 @@ They know the training port and the learner's mathematics, no environment. Read 
 step; ``policy_reports.py``, what is said of it; ``crucible_kitchen.rl.learning``.
 """
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,21 @@ from crucible_kitchen.errors import CapabilityError
 from crucible_kitchen.ports import TrainingClient, TrainingSession
 from crucible_kitchen.rl.batch import Batch
 from crucible_kitchen.rl.config import LearnerConfig
-from crucible_kitchen.rl.learning import TrainableGroup, estimate, in_value_units, settled, whitened
+from crucible_kitchen.rl.learning import (
+    TrainableGroup,
+    estimate,
+    in_value_units,
+    sampled_by,
+    sampler_mismatch,
+    settled,
+    whitened,
+)
 from crucible_kitchen.rl.scales import Scales
 from crucible_kitchen.rl.trajectories import TrajectoryGroup
 from crucible_kitchen.stages.policy_reports import advantages_event, pooled, report_pass
 from crucible_kitchen.stages.policy_step import PolicyStep, Update, UpdateConfig, divisor_of, loss_of, scores_of
 from crucible_kitchen.stages.rollout import least_members
-from crucible_kitchen.types import Datum, IntArray
+from crucible_kitchen.types import Datum, Float64Array, IntArray
 from crucible_kitchen.workflow.run import Run
 from crucible_kitchen.workflow.stage import stage
 
@@ -44,10 +53,17 @@ class Advantages:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Minibatches:
-    """The datums of one update: per epoch, per optimizer step."""
+    """The datums of one update.
+
+    Attributes:
+        epochs: per epoch, per optimizer step.
+        trajectories: how many the datums were made of.
+        sampled: of the first step's datums, see ``sampled_by``.
+    """
 
     epochs: tuple[tuple[tuple[Datum, ...], ...], ...]
     trajectories: int
+    sampled: tuple[Float64Array, ...]
 
 
 def streams(config: LearnerConfig, session: TrainingSession) -> bool:
@@ -85,7 +101,11 @@ async def compute_advantages(
 
 @stage(writes="rl_batch")
 async def assemble_rl_batch(
-    session: TrainingSession, advantages: Advantages, config: UpdateConfig, run: Run
+    session: TrainingSession,
+    rollouts: Batch[TrajectoryGroup],
+    advantages: Advantages,
+    config: UpdateConfig,
+    run: Run,
 ) -> AsyncIterator[Minibatches]:
     """Split the batch into minibatches, anew for each epoch, seeded by the run.
 
@@ -95,7 +115,8 @@ async def assemble_rl_batch(
     steps = _joined(datums) if datums and "observations" in datums[0].inputs else None
     count = len(datums) if steps is None else len(steps)
     fold = session.capabilities.step_scale != "exact"
-    epochs = []
+    own = sampled_by(rollouts.update, advantages.groups)
+    epochs, sampled = [], []
     for epoch in range(config.ppo_epochs if datums else 0):
         order = np.arange(count)
         if config.minibatches > 1:
@@ -103,7 +124,9 @@ async def assemble_rl_batch(
         parts = np.array_split(order, config.minibatches)
         chosen = [[datums[i] for i in part] if steps is None else [_taken(steps, part)] for part in parts]
         epochs.append(tuple(tuple(_part(part, fold=fold)) for part in chosen))
-    yield Minibatches(tuple(epochs), len(datums))
+        if epoch == 0:
+            sampled = [own[i] for i in parts[0]] if steps is None else [np.concatenate(own)[parts[0]]]
+    yield Minibatches(tuple(epochs), len(datums), tuple(sampled))
 
 
 def _joined(datums: Sequence[Datum]) -> Datum:
@@ -134,12 +157,18 @@ def _part(datums: Sequence[Datum], *, fold: bool) -> Sequence[Datum]:
 
 @stage(writes="step")
 async def ppo_update(
-    session: TrainingSession, advantages: Advantages, rl_batch: Minibatches, config: UpdateConfig, run: Run
+    session: TrainingSession,
+    advantages: Advantages,
+    rl_batch: Minibatches,
+    config: UpdateConfig,
+    run: Run,
+    step: PolicyStep | None = None,
 ) -> PolicyStep:
     """Take the optimizer steps of an update: ``ppo_epochs`` passes over the batch in ``minibatches`` parts."""
     loss = loss_of(config, session)
     fold = session.capabilities.step_scale != "exact"
     last: PolicyStep | None = None
+    mismatch = _mismatch_before(step)
     passes: list[list[Mapping[str, float]]] = []
     for epoch, parts in enumerate(rl_batch.epochs):
         passes.append([])
@@ -149,10 +178,13 @@ async def ppo_update(
             async with session.step(update.index) as scope:
                 await update.submit(scope, datums, loss, None)
                 last = await update.apply(scope, run, advantages.scales)
+            if not passes[0]:
+                mismatch = sampler_mismatch(rl_batch.sampled, update.logprobs, mismatch)
             passes[-1].append(last.policy)
         report_pass(run, passes[-1], epoch, rl_batch.trajectories)
     assert last is not None, "a batch has trajectories"
-    return replace(last, policy=pooled([report for reports in passes for report in reports]))
+    policy = pooled([report for reports in passes for report in reports])
+    return replace(last, policy={**policy, "sampler_mismatch": mismatch})
 
 
 # -- the streaming learner ---------------------------------------------------------------------------------------------
@@ -179,10 +211,17 @@ async def streaming_update(
             update.divisor += trainable.divisor
             await update.submit(scope, trainable.datums, loss, trainable.index if ordered else None)
         done = await update.apply(scope, run, scales)
+    own = sampled_by(rollouts.update, found)
+    mismatch = sampler_mismatch(own, update.logprobs, _mismatch_before(step))
     found.sort(key=lambda g: g.index)
     run.emit(advantages_event(found))
     report_pass(run, [done.policy], 0, sum(len(g.datums) for g in found))
-    return done
+    return replace(done, policy={**done.policy, "sampler_mismatch": mismatch})
+
+
+def _mismatch_before(step: PolicyStep | None) -> float:
+    """Return what the updates before found of their samplers."""
+    return math.nan if step is None else step.policy["sampler_mismatch"]
 
 
 @ppo_update.validate

@@ -175,6 +175,7 @@ _GAUGES = {
     "rl_policy_loss": "Policy loss of the last update.",
     "rl_entropy": "Entropy of the policy at the last update, nats per token.",
     "rl_clip_fraction": "Share of clipped tokens at the last update.",
+    "rl_sampler_mismatch": "Greatest difference of a token's log-probability between sampler and training pass, nats.",
     "rl_queue_depth": "Groups in the queue when the last update ended.",
     "rl_in_flight": "Groups that were being rolled out when the last update ended.",
     "rl_staleness_mean": "Mean age of what was trained, in updates.",
@@ -226,7 +227,7 @@ def _count_rollouts(bound: _Bound, event: e.RolloutComplete) -> None:
 
 def _count_update(bound: _Bound, event: e.RLStep) -> None:
     bound.counters["rl_updates"].inc()
-    for metric in ("policy_loss", "entropy", "clip_fraction"):
+    for metric in ("policy_loss", "entropy", "clip_fraction", "sampler_mismatch"):
         bound.gauges[f"rl_{metric}"].set(getattr(event, metric))
 
 

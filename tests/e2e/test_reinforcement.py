@@ -43,4 +43,6 @@ async def test_rewards_rise_from_below_a_half_to_above_nine_tenths(home, k):
     last = [event for event in events if isinstance(event, PipelineMeasured)][-1]
     assert last.ledger["drawn"] == last.ledger["trained"] == 140 * 16
     assert last.staleness_mean <= k
+    mismatches = [event.sampler_mismatch for event in events if isinstance(event, RLStep)]
+    assert 0 < max(mismatches) <= 1e-5
     assert result.state.registered_model.lineage["base_model"] == "warm:1"

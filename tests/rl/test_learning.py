@@ -25,6 +25,8 @@ from crucible_kitchen.rl.learning import (
     in_value_units,
     needed_scores,
     policy_loss,
+    sampled_by,
+    sampler_mismatch,
     scoring_datums,
     settled,
     whitened,
@@ -74,6 +76,13 @@ def test_group_relative_advantages_are_the_learner_s_spread_over_what_was_sample
     trainable, _ = estimated(group(1.0, 0.0, 0.0, 0.0), advantage="grpo")
     for found, wanted in zip(advantages(trainable), grpo([1.0, 0, 0, 0]), strict=True):
         assert found == pytest.approx(wanted * MASK, abs=0)
+
+
+def test_a_sampler_s_mismatch_is_that_of_what_the_policy_that_is_updated_sampled_itself():
+    trainable, _ = estimated(group(1.0, 0.0), advantage="grpo")
+    trained = [np.array([7.0, -0.5, -0.4, 7.0, -0.55]), np.array([7.0, -0.5, -0.5, 7.0, -0.3])]
+    assert sampler_mismatch(sampled_by(0, [trainable]), trained) == pytest.approx(0.2, rel=1e-6)
+    assert sampler_mismatch(sampled_by(1, [trainable]), trained, 0.7) == 0.7, "an older policy's samples tell nothing"
 
 
 def test_a_baseline_uses_the_members_that_are_there():

@@ -237,6 +237,7 @@ async def test_the_measurements_of_an_update_are_those_of_its_rollouts(home, con
         assert 0 < update.entropy <= np.log(300)  # nats per token, of whole distributions
         assert (step.reward_mean, step.policy_loss) == (rollouts.reward_mean, update.policy_loss)
         assert (step.entropy, step.clip_fraction) == (update.entropy, update.clip_fraction)
+        assert step.sampler_mismatch < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -364,6 +365,7 @@ async def test_minibatches_of_observations_are_made_of_single_steps(home):
     assert abs(result.state.step.tokens - steps / 5) < 1
     assert result.state.ppo_metrics["value_loss"] > 0
     assert of(events, e.RolloutComplete)[0].num_trajectories == 8
+    assert 0 <= result.state.ppo_metrics["sampler_mismatch"] < 1e-5
 
 
 @pytest.mark.parametrize(
