@@ -16,6 +16,7 @@ from torch import Tensor
 from crucible_kitchen.types import Sampled, SamplingParams
 from crucible_kitchen_torch.drawing import Draws, draw
 from crucible_kitchen_torch.kvcache import Slots, prompt_cache, read_cache
+from crucible_kitchen_torch.threads import enough_threads, mean_matrix
 from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.weights import Snapshot
 
@@ -116,6 +117,7 @@ class Decoding:
         self._ends = self._model.facts.end_ids
         self._fixed = columns is not None
         self._device = next(self._model.module.parameters()).device
+        self._matrix = mean_matrix(self._model.module.parameters())
         self._slots: Slots | None = None
         self._columns = columns or 0
         self._reading: list[_Reading] = []
@@ -178,12 +180,13 @@ class Decoding:
         """Compute the next columns of some prompts; after the last, give each sample a row of its own."""
         upto = min(group.filled + max(1, self._trainer.budget // len(group.jobs)), group.width)
         part = slice(group.filled, upto)
-        group.scores, group.cache = self._model.next_scores(
-            group.tokens[:, part].to(self._device),
-            group.positions[:, part].to(self._device),
-            group.mask[:, :upto].to(self._device),
-            group.cache,
-        )
+        with enough_threads(self._matrix, len(group.jobs) * (upto - group.filled)):
+            group.scores, group.cache = self._model.next_scores(
+                group.tokens[:, part].to(self._device),
+                group.positions[:, part].to(self._device),
+                group.mask[:, :upto].to(self._device),
+                group.cache,
+            )
         group.filled = upto
         if upto == group.width:
             self._reading.remove(group)
@@ -228,13 +231,14 @@ class Decoding:
 
     def _step(self) -> list[tuple[Job, Sampled]]:
         """Draw one token per row, let finished rows go, and score the next token of the others."""
-        ended = self._draw()
-        self._leave([row for row, _ in ended])
-        if any(self._rows):
-            tokens = torch.tensor([job.draws.tokens[-1] if job else 0 for job in self._rows])
-            assert self._slots is not None
-            self._scores = self._slots.step(tokens, self._at)
-            self._at += torch.tensor([job is not None for job in self._rows])
+        assert self._slots is not None
+        with enough_threads(self._matrix, len(self._rows), self._slots.keys_read(len(self._rows))):
+            ended = self._draw()
+            self._leave([row for row, _ in ended])
+            if any(self._rows):
+                tokens = torch.tensor([job.draws.tokens[-1] if job else 0 for job in self._rows])
+                self._scores = self._slots.step(tokens, self._at)
+                self._at += torch.tensor([job is not None for job in self._rows])
         return [found for _, found in ended]
 
     def _draw(self) -> list[tuple[int, tuple[Job, Sampled]]]:

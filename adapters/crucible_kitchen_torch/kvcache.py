@@ -135,6 +135,14 @@ class Slots:
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
+    def keys_read(self, rows: int) -> int:
+        """Return how many numbers of keys each layer's attention reads in a step of so many rows, at most."""
+        if not self._pairs:
+            return 0
+        _, heads, columns, width = self._pairs[0][0].shape
+        shared = sum(prompt.length for prompt in set(self._prompts[:rows]) if prompt)
+        return (rows * columns + shared) * heads * width
+
     def move(self, source: int, target: int, length: int) -> None:
         """Put one row, of so many positions, in another's place."""
         prompt = self._prompts[target] = self._prompts[source]
