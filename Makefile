@@ -16,7 +16,7 @@ help:
 	@echo "make demo     watch a small language model learn addition, get measured and registered (about 2 minutes)"
 	@echo "make test     lint, types, unit, contract and virtual-clock suites, the README's blocks (under 10 minutes)"
 	@echo "make e2e      learning thresholds and real servers (under 25 minutes)"
-	@echo "make chaos    two hundred runs killed at any moment, resumed, compared bit for bit (about an hour)"
+	@echo "make chaos    two hundred runs killed at any moment, resumed, compared bit for bit (20 minutes)"
 	@echo "make bench    the tables of docs/benchmarks.md"
 	@echo "make peers    a real model beside transformers, training beside trl, tinker's client, verifiers (fetches them: 300 MB)"
 	@echo "make peers-durability  what durability costs beside DBOS, LangGraph, Flyte, Temporal, Prefect (fetches them)"
