@@ -42,10 +42,13 @@ class Draws:
     logprobs: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
-    random: np.random.Generator = field(init=False)
+    _random: np.random.Generator | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        self.random = uniforms(self.seed, self.index)
+    def uniform(self) -> float:
+        """Return the next number of the sample's own generator, which is made when first asked: in the lane."""
+        if self._random is None:
+            self._random = uniforms(self.seed, self.index)
+        return self._random.random()
 
 
 def draw(scores: Tensor, rows: Sequence[Draws]) -> list[int]:
@@ -66,7 +69,7 @@ def draw(scores: Tensor, rows: Sequence[Draws]) -> list[int]:
     device = scores.device
     heats = [row.params.temperature or 1.0 for row in rows]
     heated = scores if all(h == 1 for h in heats) else scores / scores.new_tensor(heats)[:, None]
-    at = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=device)
+    at = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=device)
     drawn, logprobs = _invert(_truncate(heated, rows), at)
     if not all(row.params.temperature for row in rows):
         greedy = torch.tensor([row.params.temperature == 0 for row in rows], device=device)
