@@ -3,8 +3,9 @@
 Knows requests and their ends, not how a token is drawn. Read next: ``decoding.py``.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import anyio
 import anyio.abc
@@ -13,12 +14,16 @@ import numpy as np
 from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import Array, Datum, Sampled, SamplingParams
+from crucible_kitchen.workers import waker
 from crucible_kitchen_torch.decoding import FIXED_ROWS, Decoding, Job, capacity
 from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.turns import Turns
 from crucible_kitchen_torch.weights import Snapshot
 
 __all__ = ["Limits", "TorchSampler"]
+
+Ended = tuple[Job, Sampled]
+Waker = Callable[[Callable[[], object]], object]
 
 _STEPS = 16
 """Tokens per row in one turn of the lane, at most: a turn costs a third of a millisecond, and must stay short."""
@@ -96,6 +101,12 @@ class _Request:
             self.error = error
             self.done.set()
             self.progress.set()
+
+
+def _deliver(ended: Sequence[Ended]) -> None:
+    """Hand out samples; in the event loop."""
+    for job, sampled in ended:
+        job.request.deliver(job.index, sampled)
 
 
 class TorchSampler:
@@ -286,8 +297,7 @@ class TorchSampler:
         """Advance one batch by a turn and hand out what ended; an error ends all of its requests."""
         batch = self._batches[key]
         try:
-            for job, sampled in await self._turns.one(self._advance, batch):
-                job.request.deliver(job.index, sampled)
+            _deliver(await self._turns.one(self._advance, batch, waker()))
         except Exception as error:  # noqa: BLE001 - carried to whoever asked
             for job in batch.jobs:
                 job.request.fail(error)
@@ -298,12 +308,14 @@ class TorchSampler:
         if not batch.jobs:
             self._batches.pop(key, None)
 
-    def _advance(self, batch: Decoding) -> list[tuple[Job, Sampled]]:
-        """Decode a token per row in the lane, and more as long as no sample has ended and nobody waits for that."""
-        ended: list[tuple[Job, Sampled]] = []
+    def _advance(self, batch: Decoding, wake: Waker) -> Sequence[Ended]:
+        """Decode a token per row in the lane, and more while nobody waits for its end; what ends is told at once."""
+        ended: Sequence[Ended] = ()
         for _ in range(_STEPS):
+            if ended:
+                wake(partial(_deliver, ended))
             ended = batch.advance()
-            if ended or not batch.jobs or self._awaited():
+            if not batch.jobs or self._awaited():
                 break
         return ended
 

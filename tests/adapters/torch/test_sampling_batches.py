@@ -1,5 +1,6 @@
 """Continuous batching: who joins when, what rows get, and the mode in which nobody notices the others."""
 
+import threading
 from dataclasses import replace
 
 import anyio
@@ -85,6 +86,36 @@ async def test_who_arrives_while_a_batch_runs_has_a_token_after_two_steps(tmp_pa
             first = next(turn for turn, jobs in enumerate(ended) if any(len(job.prompt) == 40 for job, _ in jobs))
             assert first < before + 2
             group.cancel_scope.cancel()
+
+
+async def test_a_sample_that_ends_is_told_while_the_lane_decodes_the_others_on(tmp_path, monkeypatch):
+    told, steps, turns = threading.Event(), [], []
+    advance, turn = Decoding.advance, TorchSampler._advance
+
+    def held(self):
+        steps.append(len(self.jobs))
+        if len(steps) == 5:
+            assert told.wait(60), "two steps after its end the short sample is not told"
+        return advance(self)
+
+    def counted(self, *arguments):
+        turns.append(len(steps))
+        return turn(self, *arguments)
+
+    monkeypatch.setattr(Decoding, "advance", held)
+    monkeypatch.setattr(TorchSampler, "_advance", counted)
+    async with session(tmp_path) as opened:
+        sampler = await opened.sampler()
+
+        async def short():
+            await sampler.sample([7], replace(PARAMS, seed=0, max_tokens=3))
+            told.set()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(sampler.sample, [7], replace(PARAMS, seed=0, max_tokens=12))
+            group.start_soon(short)
+    assert steps == [2, 2, 2, *[1] * 9]
+    assert turns == [0], "all of it was one turn of the lane"
 
 
 async def test_rows_that_end_leave_early_and_their_places_go_to_those_who_wait(tmp_path, turns):
