@@ -5,13 +5,13 @@ task runs here: whoever waits does the next exchange for all, and if it is cance
 Read next: ``crucible_kitchen_http.sampler``.
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import anyio
 import anyio.lowlevel
 
-from crucible_kitchen.errors import BackendError, CrucibleError
+from crucible_kitchen.errors import BackendError, BackendUserError, CapacityError, CrucibleError
 from crucible_kitchen.types import JsonObject
 from crucible_kitchen.wire.codec import dumps
 from crucible_kitchen_http.endpoint import Endpoint, accepted
@@ -21,13 +21,15 @@ __all__ = ["Batches"]
 _WAIT = 30.0
 """Seconds that the server may hold a question for answers."""
 
+_MOST = 4096
+"""Requests in one exchange; the server takes no more."""
+
 
 @dataclass(eq=False, slots=True)
 class _Request:
     """One request and what became of it; ``called`` is set when there is something to do for whoever waits for it."""
 
     body: bytes
-    submitted: bool = False
     answer: JsonObject | None = None
     error: CrucibleError | None = None
     called: anyio.Event = field(default_factory=anyio.Event)
@@ -35,6 +37,11 @@ class _Request:
     @property
     def ended(self) -> bool:
         return self.answer is not None or self.error is not None
+
+    def end(self, *, answer: JsonObject | None = None, error: CrucibleError | None = None) -> None:
+        """Give what became of it."""
+        self.answer, self.error = answer, error
+        self.called.set()
 
     async def wait(self) -> None:
         """Wait until it has ended, or an exchange is to be done."""
@@ -53,7 +60,8 @@ class Batches:
     def __init__(self, endpoint: Endpoint, name: str) -> None:
         self._endpoint = endpoint
         self._name = name
-        self._open: dict[int, _Request] = {}
+        self._new: dict[int, _Request] = {}
+        self._sent: dict[int, _Request] = {}
         self._received: list[int] = []
         self._submitting = False
         self._asking = False
@@ -64,52 +72,67 @@ class Batches:
         Raises:
             CrucibleError: the request failed as the server tells, or the server cannot be reached.
         """
-        request = self._open[number] = _Request(dumps(body | {"seq_id": number}))
+        request = self._new[number] = _Request(dumps(body | {"seq_id": number}))
         try:
             while not request.ended:
-                if not (request.submitted or self._submitting):
+                if not self._asking:
+                    await self._ask()
+                elif number in self._new and not self._submitting:
                     await self._submit()
-                elif request.submitted and not self._asking:
-                    await self._fetch()
                 else:
                     await request.wait()
         finally:
-            del self._open[number]
+            self._new.pop(number, None)
+            self._sent.pop(number, None)
             self._call_next()
         if request.error is not None:
             raise request.error
         assert request.answer is not None
         return accepted(request.answer)
 
-    async def _submit(self) -> None:
-        """Submit everything that waits; those who ask in the same turn of the loop come along."""
-        self._submitting = True
-        try:
-            await anyio.lowlevel.checkpoint()
-            batch = [r for r in self._open.values() if not r.submitted]
-            head = dumps({"sampling_session_id": self._name, "type": "asample_batch"})
-            data = head[:-1] + b',"requests":[' + b",".join(r.body for r in batch) + b"]}"
-            if await self._shared(lambda: self._endpoint.post("asample_batch", data), batch) is not None:
-                for request in batch:
-                    request.submitted = True
-        finally:
-            self._submitting = False
-            self._call_next()
-
-    async def _fetch(self) -> None:
-        """Wait for answers, to whichever requests come first."""
+    async def _ask(self) -> None:
+        """Wait for answers, to whichever requests come first; what is new goes along."""
         self._asking = True
         try:
             received = self._received[:]
-            question = {"sampling_session_id": self._name, "received": received, "wait": _WAIT}
-            asked = [r for r in self._open.values() if r.submitted]
-            told = await self._shared(lambda: self._endpoint.post("retrieve_samples", question), asked)
-            if told is not None:
-                self._received = self._received[len(received) :]
-                self._take(told)
+            await self._exchange({"received": received, "wait": _WAIT})
+            self._received = self._received[len(received) :]
         finally:
             self._asking = False
-            self._call_next()
+
+    async def _submit(self) -> None:
+        """Submit what is new, while another waits for answers."""
+        self._submitting = True
+        try:
+            while self._new and self._asking:
+                await self._exchange({})
+        finally:
+            self._submitting = False
+
+    async def _exchange(self, question: JsonObject) -> None:
+        """Send what is new with a question; those who come in the same turn of the loop come along."""
+        await anyio.lowlevel.checkpoint()
+        batch = dict(islice(self._new.items(), _MOST))
+        if not batch and not question:
+            return
+        for number in batch:
+            self._sent[number] = self._new.pop(number)
+        self._call_next()
+        head = dumps({"sampling_session_id": self._name, "type": "asample_batch"} | question)
+        data = head[:-1] + b',"requests":[' + b",".join(r.body for r in batch.values()) + b"]}"
+        try:
+            self._take(await self._endpoint.post("asample_batch", data))
+        except CrucibleError as error:
+            # What the server refuses is what was new; anything else is as true for what it draws.
+            refused = batch if batch and isinstance(error, BackendUserError | CapacityError) else dict(self._sent)
+            for number, request in refused.items():
+                self._sent.pop(number, None)
+                request.end(error=error)
+        except BaseException:
+            again = {number: request for number, request in batch.items() if number in self._sent}
+            self._new = again | self._new
+            self._sent = {number: request for number, request in self._sent.items() if number not in again}
+            raise
 
     def _take(self, told: JsonObject) -> None:
         results = told.get("results")
@@ -118,29 +141,14 @@ class Batches:
         for key, answer in results.items():
             number = int(key)
             self._received.append(number)
-            if number in self._open:
-                self._open[number].answer = answer
-                self._open[number].called.set()
-
-    async def _shared(
-        self, exchange: "Callable[[], Awaitable[JsonObject]]", requests: list[_Request]
-    ) -> JsonObject | None:
-        """Do an exchange for several; when it fails it failed for all of them."""
-        try:
-            return await exchange()
-        except CrucibleError as error:
-            for request in requests:
-                request.error = error
-                request.called.set()
-            return None
+            if (request := self._sent.pop(number, None)) is not None:
+                request.end(answer=answer)
 
     def _call_next(self) -> None:
-        """Call somebody to submit what waits, and somebody to ask for what was submitted, where nobody does.
+        """Call somebody to ask for answers, or to submit what is new, where nobody does.
 
         The others sleep on: to wake all of them after each exchange costs a client more than the exchange.
         """
-        for submitted, busy in ((False, self._submitting), (True, self._asking)):
-            if not busy:
-                able = (r for r in self._open.values() if r.submitted == submitted and not r.ended)
-                if (first := next(able, None)) is not None:
-                    first.called.set()
+        able = chain(() if self._asking else self._sent.values(), () if self._submitting else self._new.values())
+        if (first := next(able, None)) is not None:
+            first.called.set()

@@ -85,7 +85,7 @@ class _Request:
         self.samples: list[Sampled | None] = [None] * n
         self.jobs = [Job(self, i, prompt, params, length, seed) for i in range(n)]
         self.done = anyio.Event()
-        self.progress = anyio.Event()
+        self.progress: anyio.Event | None = None  # of a request that is watched
         self.error: Exception | None = None
         self.cancelled = False
 
@@ -100,6 +100,11 @@ class _Request:
         if not self.done.is_set():
             self.error = error
             self.done.set()
+            self.advanced()
+
+    def advanced(self) -> None:
+        """Tell whoever watches that there may be more text."""
+        if self.progress is not None:
             self.progress.set()
 
 
@@ -172,11 +177,12 @@ class TorchSampler:
         """
         request = await self._submit(prompt, params, 1)
         self._watched.add(request)
+        watched = request.progress = anyio.Event()
         shown = ""
         try:
             while not request.done.is_set():
-                await request.progress.wait()
-                request.progress = anyio.Event()
+                await watched.wait()
+                watched = request.progress = anyio.Event()
                 text = self._certain(request.jobs[0])
                 if not request.done.is_set() and text.startswith(shown) and text != shown:
                     yield text[len(shown) :]
@@ -304,7 +310,7 @@ class TorchSampler:
             self._batches.pop(key, None)
             return
         for request in self._watched:
-            request.progress.set()
+            request.advanced()
         if not batch.jobs:
             self._batches.pop(key, None)
 

@@ -74,8 +74,7 @@ def training_app(server: TrainingServer, api_key: str | None) -> Starlette:
         "create_sampling_session": http.soon(server.create_sampling_session),
         "close_sampling_session": http.soon(server.close_sampling),
         "asample": http.sample,
-        "asample_batch": http.now(server.sample_batch),
-        "retrieve_samples": http.soon(server.samples),
+        "asample_batch": http.soon(server.sample_batch),
         "cancel_future": http.now(server.cancel),
         "retrieve_future": http.retrieve,
     }

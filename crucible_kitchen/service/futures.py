@@ -17,26 +17,35 @@ __all__ = ["Future", "Futures"]
 
 
 class Future:
-    """A call whose result is not there yet, or is."""
+    """A call whose result is not there yet, or is; without an id nobody can ask for it by one."""
 
-    __slots__ = ("body", "done", "fetched", "id", "scope")
+    __slots__ = ("_waited_for", "body", "done", "fetched", "id", "scope")
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str = "") -> None:
         self.id = request_id
-        self.done = anyio.Event()
+        self.done = False
         self.body = b""
         self.fetched = False
         self.scope: anyio.CancelScope | None = None
+        self._waited_for: anyio.Event | None = None
 
     def resolve(self, body: JsonObject | bytes) -> None:
         """Give the result; only the first counts."""
-        if not self.done.is_set():
+        if not self.done:
             self.body = body if isinstance(body, bytes) else dumps(body)
-            self.done.set()
+            self.done = True
+            if self._waited_for is not None:
+                self._waited_for.set()
 
     def fail(self, error: Exception) -> None:
         """Give an error as the result."""
         self.resolve(failure_to_wire(error))
+
+    async def wait(self) -> None:
+        """Wait until the result is there."""
+        if not self.done:
+            self._waited_for = self._waited_for or anyio.Event()
+            await self._waited_for.wait()
 
     @property
     def taken(self) -> JsonObject:
@@ -88,8 +97,8 @@ class Futures:
         """Return a result once it is there, None if it is not in time."""
         future = self.find(request_id)
         with anyio.move_on_after(seconds):
-            await future.done.wait()
-        if not future.done.is_set():
+            await future.wait()
+        if not future.done:
             return None
         self._keep(future)
         return future.body
@@ -107,7 +116,7 @@ class Futures:
 
     def release(self, future: Future) -> None:
         """Treat the result of a finished call as fetched: whoever waits for it is gone, or has it."""
-        if future.id in self._open and future.done.is_set():
+        if future.id in self._open and future.done:
             self._keep(future)
 
     def end(self) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from crucible_kitchen.errors import BackendUserError, CapacityError, NotFoundError, SessionLost
 from crucible_kitchen.ports import Sampler
+from crucible_kitchen.service.departures import Departure
 from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.service.models import Limits, SessionOpener, TrainedModel
 from crucible_kitchen.types import JsonObject, Sampled, SamplingParams, SessionSpec, StateRef
@@ -21,13 +22,10 @@ from crucible_kitchen.wire import messages as m
 from crucible_kitchen.wire.codec import dumps, parse, tokens_from_wire
 from crucible_kitchen.workers import run_sync
 
-__all__ = ["OpenedModel", "SamplingSession", "draw", "draw_of_batch"]
+__all__ = ["NO_ANSWERS", "OpenedModel", "SamplingSession", "draw", "draw_of_batch", "not_found"]
 
-_LINGER = 0.05
-"""Most seconds that an answer waits for others to travel with."""
-
-_SHARE = 0.125
-"""Most of what its drawing took that an answer waits, too: an exchange costs both sides a few milliseconds."""
+NO_ANSWERS = b'{"results":{}}'
+"""What is replied to who asks for no answers."""
 
 _MOST = 1 << 25
 """Bytes of answers in one reply, unless one alone has more."""
@@ -79,8 +77,7 @@ class SamplingSession:
         drawing: how many of them have no answer yet.
         answers: those of batches that have ended and were not yet received.
         answered: set when there is another.
-        finished: set when nothing is drawn any more.
-        leaves: when the answers that were not yet told are to go; None while there are none.
+        departure: when those leave that were not yet told.
     """
 
     id: str
@@ -92,8 +89,7 @@ class SamplingSession:
     drawing: int = 0
     answers: dict[int, Future] = field(default_factory=dict)
     answered: anyio.Event = field(default_factory=anyio.Event)
-    finished: anyio.Event = field(default_factory=anyio.Event)
-    leaves: float | None = None
+    departure: Departure = field(default_factory=Departure)
 
     async def sampler(self) -> Sampler:
         """Return the sampler, once it is open.
@@ -124,8 +120,6 @@ class SamplingSession:
             return self.numbered[number], False
         if self.drawing >= 16 * limits.open_calls:
             raise CapacityError("too many samples are drawn at once", hint="wait for some")
-        if not self.drawing:
-            self.finished = anyio.Event()
         self.drawing += 1
         future = futures.create()
         self.numbered[-futures.created if number is None else number] = future
@@ -135,12 +129,9 @@ class SamplingSession:
 
     def answer(self, number: int, future: Future, took: float) -> None:
         """Give an answer to whoever waits for some; ``took`` seconds were needed to draw it."""
-        if self.leaves is None:
-            self.leaves = anyio.current_time() + min(_LINGER, _SHARE * took)
+        self.departure.add(anyio.current_time(), took, self.drawing)
         self.answers[number] = future
         self.answered.set()
-        if not self.drawing:
-            self.finished.set()
 
     def receive(self, numbers: Sequence[int], futures: Futures) -> None:
         """Let go of answers that have arrived."""
@@ -152,16 +143,14 @@ class SamplingSession:
     async def gathered(self, seconds: float) -> bytes:
         """Return the answers that are there, once there is one, as JSON by number; none if there is none in time.
 
-        The first that was not yet told waits for others as long as :attr:`leaves` says, and while others are drawn.
+        Those that were not yet told wait for others as :class:`Departure` says.
         """
         with anyio.move_on_after(seconds):
             if not self.answers:
-                self.answered = anyio.Event()
+                self.answered = anyio.Event() if self.answered.is_set() else self.answered
                 await self.answered.wait()
-            if self.leaves is not None:
-                with anyio.CancelScope(deadline=self.leaves):
-                    await self.finished.wait()
-        self.leaves = None
+            await self.departure.wait()
+        self.departure = Departure()
         told, size = [], 0
         for number, future in self.answers.items():
             told.append(b'"%d":%s' % (number, future.body))

@@ -22,7 +22,14 @@ from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
 from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.service.models import Limits, TrainedModel
-from crucible_kitchen.service.samplers import OpenedModel, SamplingSession, draw, draw_of_batch, not_found
+from crucible_kitchen.service.samplers import (
+    NO_ANSWERS,
+    OpenedModel,
+    SamplingSession,
+    draw,
+    draw_of_batch,
+    not_found,
+)
 from crucible_kitchen.service.weights import WeightsIndex
 from crucible_kitchen.types import JsonObject, LoraSpec, SessionSpec
 from crucible_kitchen.wire import messages as m
@@ -327,10 +334,11 @@ class TrainingServer:
             self._group.start_soon(draw, session, future, body)
         return future
 
-    def sample_batch(self, body: JsonObject) -> JsonObject:
-        """Take several requests to sample; their answers are fetched by :meth:`samples`."""
+    async def sample_batch(self, body: JsonObject) -> bytes:
+        """Take several requests to sample, if there are some, and return answers once there are some, if asked to."""
         batch = parse(m.SampleBatch, body)
         session = self.sampling_session(batch.sampling_session_id)
+        session.receive(batch.received, self.futures)
         for each in batch.requests:
             number = _number(each, "seq_id")
             if number is None:
@@ -338,14 +346,7 @@ class TrainingServer:
             future, new = session.submit(number, self.futures, self.limits)
             if new:
                 self._group.start_soon(draw_of_batch, session, number, future, each)
-        return {"type": "asample_batch"}
-
-    async def samples(self, body: JsonObject) -> bytes:
-        """Return answers to requests of batches, once there are some."""
-        question = parse(m.RetrieveSamples, body)
-        session = self.sampling_session(question.sampling_session_id)
-        session.receive(question.received, self.futures)
-        return await session.gathered(min(question.wait, self.limits.hold))
+        return await session.gathered(min(batch.wait, self.limits.hold)) if batch.wait is not None else NO_ANSWERS
 
     def cancel(self, body: JsonObject) -> JsonObject:
         """Cancel a request to sample; others run to their end."""

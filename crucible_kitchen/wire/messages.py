@@ -29,7 +29,6 @@ __all__ = [
     "ModelInput",
     "OptimStep",
     "RetrieveFuture",
-    "RetrieveSamples",
     "Sample",
     "SampleBatch",
     "SampleExtension",
@@ -279,24 +278,19 @@ class Sample(WireMessage):
 
 
 class SampleBatch(WireMessage):
-    """``asample_batch``, an extension: several requests to one sampling session, each with its number."""
-
-    sampling_session_id: str
-    requests: list[JsonObject] = Field(max_length=4096)
-
-
-class RetrieveSamples(WireMessage):
-    """``retrieve_samples``, an extension: wait for answers to requests that came in batches.
+    """``asample_batch``, an extension: requests to one sampling session, and a wait for answers to any of its batches.
 
     Attributes:
         sampling_session_id: of which sampling session.
+        requests: new ones, each with its number.
         received: numbers whose answers have arrived and need not be kept.
-        wait: seconds to wait for the first.
+        wait: seconds to wait for the first answer; None for who asks for none.
     """
 
     sampling_session_id: str
+    requests: list[JsonObject] = Field(default=[], max_length=4096)
     received: list[StrictInt] = []
-    wait: float = Field(default=0.0, ge=0)
+    wait: float | None = Field(default=None, ge=0)
 
 
 class RetrieveFuture(WireMessage):

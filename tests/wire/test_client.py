@@ -100,7 +100,7 @@ async def test_an_answer_wakes_the_task_that_asked_and_no_other(client, tmp_path
 
     monkeypatch.setattr(_Request, "wait", noted)
     monkeypatch.setattr(Endpoint, "post", counted)
-    monkeypatch.setattr("crucible_kitchen.service.samplers._LINGER", 0.0)
+    monkeypatch.setattr("crucible_kitchen.service.departures._EXCHANGE", 0.0)
     async with client.open_session(SessionSpec("tiny", None, 0, str(tmp_path))) as session:
         sampler = await session.sampler()
         exchanges.clear()
@@ -108,7 +108,7 @@ async def test_an_answer_wakes_the_task_that_asked_and_no_other(client, tmp_path
             for seed in range(24):
                 params = SamplingParams(max_tokens=4 * seed + 1, seed=seed)
                 group.start_soon(sampler.sample, [49, 43], params)
-    assert exchanges.count("retrieve_samples") > 4
+    assert exchanges.count("asample_batch") > 4
     assert len(woken) <= 24 + 2 * len(exchanges), "one task goes on with the exchanges; an answer is for one"
 
 

@@ -17,16 +17,16 @@ from crucible_kitchen_noop import NoopTrainingClient
 pytestmark = pytest.mark.anyio
 
 
-def drawn(session, number):
-    """Answer a request that is drawn; it took long."""
+def drawn(session, number, took=1000.0):
+    """Answer a request that is drawn."""
     future = session.numbered[number]
     future.resolve({"number": number})
     session.drawing -= 1
-    session.answer(number, future, took=1000.0)
+    session.answer(number, future, took)
 
 
 async def test_an_answer_that_came_while_another_travelled_waits_for_others_too(monkeypatch):
-    monkeypatch.setattr("crucible_kitchen.service.samplers._LINGER", 600.0)
+    monkeypatch.setattr("crucible_kitchen.service.departures._EXCHANGE", 600.0)
     session, futures = SamplingSession("one", "toy"), Futures()
     for number in range(4):
         session.submit(number, futures, Limits())
@@ -36,8 +36,7 @@ async def test_an_answer_that_came_while_another_travelled_waits_for_others_too(
         told.append(sorted(loads(await session.gathered(600.0))["results"]))
 
     with anyio.fail_after(10):
-        drawn(session, 0)
-        session.leaves = anyio.current_time()
+        drawn(session, 0, took=0.0)
         await ask()
         drawn(session, 1)  # on the way, while nobody asks
         session.receive([0], futures)
@@ -51,6 +50,23 @@ async def test_an_answer_that_came_while_another_travelled_waits_for_others_too(
         assert told[1:] == [["1", "2", "3"]], "nothing is drawn any more"
         await ask()
     assert told[2:] == [["1", "2", "3"]], "a reply that was lost is given again, and at once"
+
+
+async def test_a_question_that_came_twice_is_answered_twice():
+    session, futures = SamplingSession("one", "toy"), Futures()
+    session.submit(0, futures, Limits())
+    told = []
+
+    async def ask():
+        told.append(sorted(loads(await session.gathered(600.0))["results"]))
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            group.start_soon(ask)
+            await anyio.lowlevel.checkpoint()
+            drawn(session, 0)
+    assert told == [["0"], ["0"]]
 
 
 async def test_what_is_to_be_done_once_a_first_model_is_there_is_done_once(tmp_path):
