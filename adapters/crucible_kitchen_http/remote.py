@@ -292,11 +292,11 @@ class RemoteModel:
             raise NotFoundError(f"the state {state.uri!r} was deleted")
 
     async def close(self) -> None:
-        """Free the model on the server, if it can be reached at once."""
+        """Free the model on the server, if it can be reached soon."""
         if self.model_id:
             with anyio.move_on_after(2.0, shield=True):
                 try:
-                    await self.endpoint.post("unload_model", {"model_id": self.model_id}, patience=0.0)
+                    await self.endpoint.post("unload_model", {"model_id": self.model_id}, patience=1.0)
                 except CrucibleError:
                     return
 

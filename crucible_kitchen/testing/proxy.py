@@ -58,6 +58,10 @@ class FaultyProxy:
         """Forward to another server from now on."""
         self._server = port
 
+    def let_pass(self) -> None:
+        """Do nothing to messages from now on."""
+        self._rate = 0.0
+
     @asynccontextmanager
     async def open(self) -> AsyncGenerator["FaultyProxy", None]:
         """Listen inside the block."""

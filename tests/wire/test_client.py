@@ -5,6 +5,8 @@ import threading
 import anyio
 import pytest
 
+from crucible_kitchen.connections import Connections
+from crucible_kitchen.errors import TransientBackendError
 from crucible_kitchen.service.server import TrainingServer
 from crucible_kitchen.testing.training_server import RunningServer
 from crucible_kitchen.types import LoraSpec, SamplingParams, SessionSpec
@@ -110,6 +112,24 @@ async def test_an_answer_wakes_the_task_that_asked_and_no_other(client, tmp_path
                 group.start_soon(sampler.sample, [49, 43], params)
     assert exchanges.count("asample_batch") > 4
     assert len(woken) <= 24 + 2 * len(exchanges), "one task goes on with the exchanges; an answer is for one"
+
+
+async def test_a_model_is_freed_although_the_first_word_of_it_is_lost(server, client, tmp_path, monkeypatch):
+    lost = []
+    request = Connections.request
+
+    async def losing(connections, method, path, data):
+        if path.endswith("unload_model") and not lost:
+            lost.append(path)
+            raise TransientBackendError("it is gone")
+        return await request(connections, method, path, data)
+
+    monkeypatch.setattr(Connections, "request", losing)
+    models = set(server.core._models)
+    async with client.open_session(SessionSpec("tiny", LoraSpec(4), 0, str(tmp_path))):
+        assert set(server.core._models) > models
+    assert lost
+    assert set(server.core._models) == models
 
 
 class Listening(TrainingServer):
