@@ -11,7 +11,7 @@ from itertools import chain, islice
 import anyio
 import anyio.lowlevel
 
-from crucible_kitchen.errors import BackendError, BackendUserError, CapacityError, CrucibleError
+from crucible_kitchen.errors import BackendError, BackendUserError, CrucibleError
 from crucible_kitchen.types import JsonObject
 from crucible_kitchen.wire.codec import dumps
 from crucible_kitchen_http.endpoint import Endpoint, accepted
@@ -61,6 +61,7 @@ class Batches:
         self._endpoint = endpoint
         self._name = name
         self._new: dict[int, _Request] = {}
+        self._left: dict[int, _Request] = {}  # new, and there was no room for them: who asks next takes them along
         self._sent: dict[int, _Request] = {}
         self._received: list[int] = []
         self._submitting = False
@@ -82,8 +83,8 @@ class Batches:
                 else:
                     await request.wait()
         finally:
-            self._new.pop(number, None)
-            self._sent.pop(number, None)
+            for requests in (self._new, self._left, self._sent):
+                requests.pop(number, None)
             self._call_next()
         if request.error is not None:
             raise request.error
@@ -112,6 +113,8 @@ class Batches:
     async def _exchange(self, question: JsonObject) -> None:
         """Send what is new with a question; those who come in the same turn of the loop come along."""
         await anyio.lowlevel.checkpoint()
+        if question:
+            self._new, self._left = self._left | self._new, {}
         batch = dict(islice(self._new.items(), _MOST))
         if not batch and not question:
             return
@@ -124,7 +127,7 @@ class Batches:
             self._take(await self._endpoint.post("asample_batch", data))
         except CrucibleError as error:
             # What the server refuses is what was new; anything else is as true for what it draws.
-            refused = batch if batch and isinstance(error, BackendUserError | CapacityError) else dict(self._sent)
+            refused = batch if batch and isinstance(error, BackendUserError) else dict(self._sent)
             for number, request in refused.items():
                 self._sent.pop(number, None)
                 request.end(error=error)
@@ -138,6 +141,9 @@ class Batches:
         results = told.get("results")
         if not isinstance(results, dict):
             raise BackendError("the server's answer holds no results")
+        for number in told.get("left", ()):
+            if (request := self._sent.pop(number, None)) is not None:
+                self._left[number] = request
         for key, answer in results.items():
             number = int(key)
             self._received.append(number)
@@ -149,6 +155,7 @@ class Batches:
 
         The others sleep on: to wake all of them after each exchange costs a client more than the exchange.
         """
-        able = chain(() if self._asking else self._sent.values(), () if self._submitting else self._new.values())
+        asking = () if self._asking else chain(self._sent.values(), self._left.values())
+        able = chain(asking, () if self._submitting else self._new.values())
         if (first := next(able, None)) is not None:
             first.called.set()

@@ -22,10 +22,7 @@ from crucible_kitchen.wire import messages as m
 from crucible_kitchen.wire.codec import dumps, parse, tokens_from_wire
 from crucible_kitchen.workers import run_sync
 
-__all__ = ["NO_ANSWERS", "OpenedModel", "SamplingSession", "draw", "draw_of_batch", "not_found"]
-
-NO_ANSWERS = b'{"results":{}}'
-"""What is replied to who asks for no answers."""
+__all__ = ["OpenedModel", "SamplingSession", "draw", "draw_of_batch", "not_found", "reply"]
 
 _MOST = 1 << 25
 """Bytes of answers in one reply, unless one alone has more."""
@@ -110,16 +107,20 @@ class SamplingSession:
             raise SessionLost("the sampler was closed to make room for others", hint="open it again")
         return self.opened.sampler
 
+    def has_room(self, number: int | None, limits: Limits) -> bool:
+        """Return whether a request of this number can be taken, or was."""
+        return number in self.numbered or self.drawing + len(self.answers) < 16 * limits.open_calls
+
     def submit(self, number: int | None, futures: Futures, limits: Limits) -> tuple[Future, bool]:
         """Return the future of a number, and whether it is new.
 
         Raises:
-            CapacityError: too many results are waited for.
+            CapacityError: too many are drawn, or were drawn and not received.
         """
+        if not self.has_room(number, limits):
+            raise CapacityError("too many samples are drawn at once", hint="wait for some")
         if number is not None and number in self.numbered:
             return self.numbered[number], False
-        if self.drawing >= 16 * limits.open_calls:
-            raise CapacityError("too many samples are drawn at once", hint="wait for some")
         self.drawing += 1
         future = futures.create()
         self.numbered[-futures.created if number is None else number] = future
@@ -140,8 +141,8 @@ class SamplingSession:
             if future is not None:
                 futures.release(future)
 
-    async def gathered(self, seconds: float) -> bytes:
-        """Return the answers that are there, once there is one, as JSON by number; none if there is none in time.
+    async def gathered(self, seconds: float) -> list[tuple[int, Future]]:
+        """Return the answers that are there by number, once there is one; none if there is none in time.
 
         Those that were not yet told wait for others as :class:`Departure` says.
         """
@@ -153,11 +154,17 @@ class SamplingSession:
         self.departure = Departure()
         told, size = [], 0
         for number, future in self.answers.items():
-            told.append(b'"%d":%s' % (number, future.body))
+            told.append((number, future))
             size += len(future.body)
             if size > _MOST:
                 break
-        return b'{"results":{' + b",".join(told) + b"}}"
+        return told
+
+
+def reply(answers: Sequence[tuple[int, Future]], left: Sequence[int]) -> bytes:
+    """Return what a batch is replied as JSON: answers by number, and the numbers that there was no room for."""
+    results = b",".join(b'"%d":%s' % (number, future.body) for number, future in answers)
+    return dumps({"left": left})[:-1] + b',"results":{' + results + b"}}"
 
 
 async def draw_of_batch(session: SamplingSession, number: int, future: Future, body: JsonObject) -> None:

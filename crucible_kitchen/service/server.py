@@ -22,14 +22,7 @@ from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
 from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.service.models import Limits, TrainedModel
-from crucible_kitchen.service.samplers import (
-    NO_ANSWERS,
-    OpenedModel,
-    SamplingSession,
-    draw,
-    draw_of_batch,
-    not_found,
-)
+from crucible_kitchen.service.samplers import OpenedModel, SamplingSession, draw, draw_of_batch, not_found, reply
 from crucible_kitchen.service.weights import WeightsIndex
 from crucible_kitchen.types import JsonObject, LoraSpec, SessionSpec
 from crucible_kitchen.wire import messages as m
@@ -335,18 +328,23 @@ class TrainingServer:
         return future
 
     async def sample_batch(self, body: JsonObject) -> bytes:
-        """Take several requests to sample, if there are some, and return answers once there are some, if asked to."""
+        """Take requests to sample, as many as there is room for; return answers once there are some, if asked to."""
         batch = parse(m.SampleBatch, body)
         session = self.sampling_session(batch.sampling_session_id)
         session.receive(batch.received, self.futures)
+        left = []
         for each in batch.requests:
             number = _number(each, "seq_id")
             if number is None:
                 raise BackendUserError("field 'seq_id': a request of a batch needs its number")
+            if not session.has_room(number, self.limits):
+                left.append(number)
+                continue
             future, new = session.submit(number, self.futures, self.limits)
             if new:
                 self._group.start_soon(draw_of_batch, session, number, future, each)
-        return await session.gathered(min(batch.wait, self.limits.hold)) if batch.wait is not None else NO_ANSWERS
+        answers = [] if batch.wait is None else await session.gathered(min(batch.wait, self.limits.hold))
+        return reply(answers, left)
 
     def cancel(self, body: JsonObject) -> JsonObject:
         """Cancel a request to sample; others run to their end."""

@@ -280,6 +280,8 @@ class Sample(WireMessage):
 class SampleBatch(WireMessage):
     """``asample_batch``, an extension: requests to one sampling session, and a wait for answers to any of its batches.
 
+    The reply has ``results``, answers by number, and ``left``, numbers of requests that there was no room for.
+
     Attributes:
         sampling_session_id: of which sampling session.
         requests: new ones, each with its number.

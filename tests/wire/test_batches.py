@@ -11,7 +11,7 @@ from crucible_kitchen.service.models import Limits
 from crucible_kitchen.testing.proxy import FaultyProxy
 from crucible_kitchen.testing.training_server import RunningServer
 from crucible_kitchen.types import SamplingParams, SessionSpec
-from crucible_kitchen_http import HttpTrainingClient
+from crucible_kitchen_http import HttpTrainingClient, endpoint
 from crucible_kitchen_http.endpoint import Endpoint
 
 pytestmark = pytest.mark.anyio
@@ -30,11 +30,18 @@ async def turns(count):
 
 
 @pytest.fixture(scope="module")
-def expected(server, tmp_path_factory):
+def narrow(tmp_path_factory):
+    """A server that draws 16 samples at once and leaves others to be asked for again."""
+    with RunningServer("tiny", tmp_path_factory.mktemp("narrow"), limits=Limits(open_calls=1), threads=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(narrow, tmp_path_factory):
     """Every sample of these tests, asked for alone."""
 
     async def ask():
-        client = HttpTrainingClient(base_url=server.url, api_key="a-key")
+        client = HttpTrainingClient(base_url=narrow.url)
         spec = SessionSpec("tiny", None, 0, str(tmp_path_factory.mktemp("alone")))
         async with client.open_session(spec) as session:
             sampler = await session.sampler()
@@ -47,7 +54,7 @@ def expected(server, tmp_path_factory):
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_who_is_not_cancelled_gets_its_own_samples_whatever_happens_to_others_and_on_the_way(
-    seed, server, expected, tmp_path
+    seed, narrow, expected, tmp_path
 ):
     chance = random.Random(seed)
     found, wanted = {}, {}
@@ -63,12 +70,12 @@ async def test_who_is_not_cancelled_gets_its_own_samples_whatever_happens_to_oth
         scope.cancel()
 
     with anyio.fail_after(120):
-        async with FaultyProxy(int(server.url.rpartition(":")[2]), 0.1, seed).open() as proxy:
-            client = HttpTrainingClient(base_url=proxy.url, api_key="a-key", timeout=5.0)
+        async with FaultyProxy(int(narrow.url.rpartition(":")[2]), 0.1, seed).open() as proxy:
+            client = HttpTrainingClient(base_url=proxy.url, timeout=5.0)
             async with client.open_session(SessionSpec("tiny", None, 0, str(tmp_path))) as session:
                 sampler = await session.sampler()
                 async with anyio.create_task_group() as group:
-                    for name in range(16):
+                    for name in range(24):
                         scope = anyio.CancelScope()
                         numbers = [chance.randrange(21) for _ in range(chance.randrange(1, 4))]
                         group.start_soon(agent, sampler, name, numbers, scope, chance.randrange(200))
@@ -81,6 +88,33 @@ async def test_who_is_not_cancelled_gets_its_own_samples_whatever_happens_to_oth
                 assert not sampler._batches._sent
             await client.aclose()
     assert {key: found.get(key) for key in wanted} == wanted
+
+
+async def test_a_client_may_want_more_samples_at_once_than_the_server_draws(narrow, tmp_path, monkeypatch):
+    refused, most, found = [], [], []
+    refusal = endpoint._refusal
+
+    def noted(response):
+        refused.append(response.status_code)
+        return refusal(response)
+
+    async def draw(sampler, number):
+        found.append(await tokens(sampler, number))
+        drawn = narrow.core._sampling[sampler._name]
+        most.append(drawn.drawing + len(drawn.answers))
+
+    monkeypatch.setattr(endpoint, "_refusal", noted)
+    client = HttpTrainingClient(base_url=narrow.url)
+    async with client.open_session(SessionSpec("tiny", None, 0, str(tmp_path))) as session:
+        sampler = await session.sampler()
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for number in range(60):
+                    group.start_soon(draw, sampler, number)
+    await client.aclose()
+    assert len(found) == 60
+    assert max(most) <= 16
+    assert not refused, "who asks for answers comes again"
 
 
 async def test_a_request_that_is_refused_fails_alone(tmp_path):
