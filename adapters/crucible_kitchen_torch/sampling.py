@@ -262,7 +262,8 @@ class TorchSampler:
                 if not self._batches:
                     return
                 for key in list(self._batches):
-                    await self._turn(key)
+                    if key in self._batches:  # who closes the sampler meanwhile empties them
+                        await self._turn(key)
         finally:
             self._serving = False
             self._fail_all()

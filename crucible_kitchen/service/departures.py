@@ -5,7 +5,7 @@ asked for it. Knows times, no answers. Read next: ``crucible_kitchen.service.sam
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 
@@ -20,9 +20,10 @@ class Departure:
     """When the answers that are there, and were not yet told, leave.
 
     They leave when the seconds that they have waited, all together, are those that their exchange takes from the
-    computations still under way: no rule that does not know the future can promise less than twice the least cost
-    (Dooly, Goldman and Scott 2001, acknowledgements of TCP), and this one does. None waits longer than its own
-    computation took, and none waits once nothing is computed.
+    computations still under way. While as many are under way, that costs at most twice what could be had by knowing
+    when the others will come, and no rule without chance can promise better (Dooly, Goldman and Scott 2001, on
+    acknowledgements of TCP). Beyond that, none waits longer than its own computation took, and none waits once nothing
+    is computed.
 
     Attributes:
         answers: how many there are.
@@ -34,7 +35,7 @@ class Departure:
     _waited: float = 0.0
     _since: float = 0.0
     _latest: float = math.inf
-    _scope: anyio.CancelScope | None = None
+    _scopes: set[anyio.CancelScope] = field(default_factory=set)
 
     def add(self, now: float, took: float, others: int) -> None:
         """Take one answer more.
@@ -50,10 +51,14 @@ class Departure:
         self._latest = min(self._latest, now + took)
         left = max(_EXCHANGE * others - self._waited, 0.0)
         self.leaves = min(self._latest, now + left / self.answers)
-        if self._scope is not None:
-            self._scope.deadline = self.leaves
+        for scope in self._scopes:
+            scope.deadline = self.leaves
 
     async def wait(self) -> None:
         """Wait until they leave; answers that are added meanwhile can bring that forward."""
-        with anyio.CancelScope(deadline=self.leaves) as self._scope:
-            await anyio.sleep_forever()
+        with anyio.CancelScope(deadline=self.leaves) as scope:
+            self._scopes.add(scope)
+            try:
+                await anyio.sleep_forever()
+            finally:
+                self._scopes.remove(scope)

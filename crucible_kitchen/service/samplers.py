@@ -107,20 +107,16 @@ class SamplingSession:
             raise SessionLost("the sampler was closed to make room for others", hint="open it again")
         return self.opened.sampler
 
-    def has_room(self, number: int | None, limits: Limits) -> bool:
-        """Return whether a request of this number can be taken, or was."""
-        return number in self.numbered or self.drawing + len(self.answers) < 16 * limits.open_calls
-
     def submit(self, number: int | None, futures: Futures, limits: Limits) -> tuple[Future, bool]:
         """Return the future of a number, and whether it is new.
 
         Raises:
             CapacityError: too many are drawn, or were drawn and not received.
         """
-        if not self.has_room(number, limits):
-            raise CapacityError("too many samples are drawn at once", hint="wait for some")
         if number is not None and number in self.numbered:
             return self.numbered[number], False
+        if self.drawing + len(self.answers) >= 16 * limits.open_calls:
+            raise CapacityError("too many samples are drawn at once", hint="wait for some")
         self.drawing += 1
         future = futures.create()
         self.numbered[-futures.created if number is None else number] = future
@@ -141,17 +137,29 @@ class SamplingSession:
             if future is not None:
                 futures.release(future)
 
+    def end(self, error: SessionLost) -> None:
+        """Answer everything that is drawn with an error, and whoever waits at once."""
+        for number, future in self.numbered.items():
+            if not future.done:
+                future.fail(error)
+                self.answers[number] = future
+        self.departure.add(anyio.current_time(), 0.0, 0)
+        self.answered.set()
+
     async def gathered(self, seconds: float) -> list[tuple[int, Future]]:
         """Return the answers that are there by number, once there is one; none if there is none in time.
 
         Those that were not yet told wait for others as :class:`Departure` says.
         """
+        departure: Departure | None = None
         with anyio.move_on_after(seconds):
             if not self.answers:
                 self.answered = anyio.Event() if self.answered.is_set() else self.answered
                 await self.answered.wait()
-            await self.departure.wait()
-        self.departure = Departure()
+            departure = self.departure
+            await departure.wait()
+        if self.departure is departure:
+            self.departure = Departure()
         told, size = [], 0
         for number, future in self.answers.items():
             told.append((number, future))

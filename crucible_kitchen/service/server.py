@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from crucible_kitchen.errors import BackendUserError, ModelNotFound, NotFoundError, SessionLost
+from crucible_kitchen.errors import BackendUserError, CapacityError, ModelNotFound, NotFoundError, SessionLost
 from crucible_kitchen.ports import TrainingClient, TrainingSession
 from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
@@ -92,6 +92,8 @@ class TrainingServer:
     def end(self) -> None:
         """Answer what is open as lost and take nothing new. Idempotent."""
         self.ended.set()
+        for session in self._sampling.values():
+            session.end(SessionLost("the server has ended"))
         self.futures.end()
 
     async def _let_go_of_the_silent(self) -> None:
@@ -291,7 +293,10 @@ class TrainingServer:
 
     def _close_sampling(self, name: str) -> None:
         session = self._sampling.pop(name, None)
-        for future in session.numbered.values() if session else ():
+        if session is None:
+            return
+        session.end(SessionLost("the sampler was closed while the request was open"))
+        for future in session.numbered.values():
             if future.scope is not None:
                 future.scope.cancel()
             self.futures.release(future)
@@ -337,10 +342,11 @@ class TrainingServer:
             number = _number(each, "seq_id")
             if number is None:
                 raise BackendUserError("field 'seq_id': a request of a batch needs its number")
-            if not session.has_room(number, self.limits):
+            try:
+                future, new = session.submit(number, self.futures, self.limits)
+            except CapacityError:
                 left.append(number)
                 continue
-            future, new = session.submit(number, self.futures, self.limits)
             if new:
                 self._group.start_soon(draw_of_batch, session, number, future, each)
         answers = [] if batch.wait is None else await session.gathered(min(batch.wait, self.limits.hold))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from crucible_kitchen.types import JsonObject
 
 __all__ = [
+    "MOST_REQUESTS",
     "PREFIX",
     "VERSION",
     "AccumulationExtension",
@@ -46,6 +47,9 @@ PREFIX = "/api/v1/"
 
 VERSION = 1
 """Of our extensions."""
+
+MOST_REQUESTS = 4096
+"""Requests in one batch."""
 
 
 class WireMessage(BaseModel):
@@ -290,7 +294,7 @@ class SampleBatch(WireMessage):
     """
 
     sampling_session_id: str
-    requests: list[JsonObject] = Field(default=[], max_length=4096)
+    requests: list[JsonObject] = Field(default=[], max_length=MOST_REQUESTS)
     received: list[StrictInt] = []
     wait: float | None = Field(default=None, ge=0)
 

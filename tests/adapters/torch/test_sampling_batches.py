@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from crucible_kitchen.errors import BackendUserError, CapabilityError, ConfigError
+from crucible_kitchen.errors import BackendUserError, CapabilityError, ConfigError, SessionLost
 from crucible_kitchen.types import Datum, SamplingParams, SessionSpec
 from crucible_kitchen_torch import TorchTrainingClient
 from crucible_kitchen_torch.decoding import Decoding
@@ -214,6 +214,28 @@ async def test_a_cancelled_request_gives_its_place_to_the_next(tmp_path):
             group.cancel_scope.cancel()
         with anyio.fail_after(20):
             await sampler.sample([5], PARAMS)
+
+
+async def test_closing_a_sampler_that_decodes_in_both_modes_leaves_the_session_as_it_was(tmp_path, turns):
+    async with session(tmp_path) as opened:
+        sampler = await opened.sampler()
+        ended = []
+
+        async def ask(mode):
+            with pytest.raises(SessionLost):
+                await sampler.sample([7], replace(PARAMS, seed=0, max_tokens=900, mode=mode))
+            ended.append(mode)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, "deterministic")
+            group.start_soon(ask, "fast")
+            with anyio.fail_after(60):
+                while len(turns) < 9:
+                    await anyio.lowlevel.checkpoint()
+            await sampler.aclose()
+        assert sorted(ended) == ["deterministic", "fast"]
+        (sample,) = await (await opened.sampler()).sample([7], replace(PARAMS, seed=0, max_tokens=2))
+        assert len(sample.tokens) == 2
 
 
 async def test_an_error_ends_the_requests_of_its_batch_and_the_sampler_stays_usable(tmp_path, monkeypatch):
