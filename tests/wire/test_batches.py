@@ -286,6 +286,18 @@ async def test_only_as_much_of_what_was_left_is_sent_again_as_room_was_made(by_h
     assert sum(len(body["requests"]) for body in network.bodies) <= 60 + 44 + 60
 
 
+async def test_what_was_left_goes_before_what_came_later(by_hand):
+    network, _, found, ask = by_hand
+    await ask(*range(16))
+    await ask(16, 17, 18)
+    await ask(19, 20)
+    for number in range(21):
+        network.drawn(number)
+        await turns(20)
+    assert len(found) == 21
+    assert list(network.session.numbered) == list(range(21)), "in this order the server took them"
+
+
 async def test_somebody_asks_on_while_a_submission_is_slow(by_hand):
     network, _, found, ask = by_hand
     network.hold(asks=False)  # for good
