@@ -17,11 +17,11 @@ __all__ = ["Future", "Futures"]
 
 
 class Future:
-    """A call whose result is not there yet, or is; without an id nobody can ask for it by one."""
+    """A call whose result is not there yet, or is."""
 
     __slots__ = ("_waited_for", "body", "done", "fetched", "id", "scope")
 
-    def __init__(self, request_id: str = "") -> None:
+    def __init__(self, request_id: str) -> None:
         self.id = request_id
         self.done = False
         self.body = b""
