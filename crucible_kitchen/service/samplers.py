@@ -5,7 +5,7 @@ Calls run beside each other, so that the executor can merge them. Knows the trai
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -123,6 +123,21 @@ class SamplingSession:
         while len(self.numbered) > 32 * limits.open_calls:
             futures.release(self.numbered.popitem(last=False)[1])
         return future, True
+
+    def submit_all(
+        self, numbers: Iterable[int], futures: Futures, limits: Limits
+    ) -> tuple[dict[int, Future], list[int]]:
+        """Return the futures of the numbers that are new, and the numbers that there is no room for."""
+        taken, left = {}, []
+        for number in numbers:
+            try:
+                future, new = self.submit(number, futures, limits)
+            except CapacityError:
+                left.append(number)
+                continue
+            if new:
+                taken[number] = future
+        return taken, left
 
     def answer(self, number: int, future: Future, took: float) -> None:
         """Give an answer to whoever waits for some; ``took`` seconds were needed to draw it."""

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from crucible_kitchen.errors import BackendUserError, CapacityError, ModelNotFound, NotFoundError, SessionLost
+from crucible_kitchen.errors import BackendUserError, ModelNotFound, NotFoundError, SessionLost
 from crucible_kitchen.ports import TrainingClient, TrainingSession
 from crucible_kitchen.service import operations
 from crucible_kitchen.service.exports import Exports
@@ -337,18 +337,10 @@ class TrainingServer:
         batch = parse(m.SampleBatch, body)
         session = self.sampling_session(batch.sampling_session_id)
         session.receive(batch.received, self.futures)
-        left = []
-        for each in batch.requests:
-            number = _number(each, "seq_id")
-            if number is None:
-                raise BackendUserError("field 'seq_id': a request of a batch needs its number")
-            try:
-                future, new = session.submit(number, self.futures, self.limits)
-            except CapacityError:
-                left.append(number)
-                continue
-            if new:
-                self._group.start_soon(draw_of_batch, session, number, future, each)
+        bodies = {_batch_number(each): each for each in batch.requests}
+        taken, left = session.submit_all(bodies, self.futures, self.limits)
+        for number, future in taken.items():
+            self._group.start_soon(draw_of_batch, session, number, future, bodies[number])
         answers = [] if batch.wait is None else await session.gathered(min(batch.wait, self.limits.hold))
         return reply(answers, left)
 
@@ -376,6 +368,13 @@ def _text(body: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise BackendUserError(f"field {name!r}: a text is needed")
     return value
+
+
+def _batch_number(body: JsonObject) -> int:
+    number = _number(body, "seq_id")
+    if number is None:
+        raise BackendUserError("field 'seq_id': a request of a batch needs its number")
+    return number
 
 
 def _number(body: JsonObject, name: str) -> int | None:

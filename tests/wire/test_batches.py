@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from crucible_kitchen.errors import BackendUserError, CapacityError, SessionLost
+from crucible_kitchen.errors import BackendUserError, SessionLost
 from crucible_kitchen.service.futures import Futures
 from crucible_kitchen.service.models import Limits
 from crucible_kitchen.service.samplers import SamplingSession, reply
@@ -189,13 +189,7 @@ class ByHand:
 
     def take(self, body):
         self.session.receive(body.get("received", ()), self.futures)
-        left = []
-        for each in body["requests"]:
-            try:
-                self.session.submit(each["seq_id"], self.futures, self.limits)
-            except CapacityError:
-                left.append(each["seq_id"])
-        return left
+        return self.session.submit_all([each["seq_id"] for each in body["requests"]], self.futures, self.limits)[1]
 
     def drawn(self, *numbers):
         for number in numbers:
