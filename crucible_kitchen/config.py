@@ -46,7 +46,7 @@ class RunConfig(BaseModel):
     """Seed of everything random in the run: initialisation, shuffling, dropout, sampling."""
 
     stage_timeout: float | None = Field(default=3600.0, gt=0)
-    """Seconds a stage may take; for resources, their opening. Loops have none."""
+    """Seconds a stage may take, a resource its opening, a checkpoint its saving or loading. Loops have none."""
 
     grace: float = Field(default=30.0, gt=0)
     """Seconds a resource gets to close before it is cancelled."""

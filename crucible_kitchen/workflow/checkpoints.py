@@ -5,13 +5,14 @@ taken between two stages and written beside what follows. Read next: ``crucible_
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import anyio
 import anyio.abc
 
-from crucible_kitchen.errors import IntegrityError, StageFailed
+from crucible_kitchen.errors import IntegrityError, StageFailed, StageTimeout
 from crucible_kitchen.events import TrainingCheckpoint, WarningRaised, WorkflowRolledBack
 from crucible_kitchen.ports import Pending
 from crucible_kitchen.types import BlobRef, JsonObject, StateRef
@@ -56,6 +57,7 @@ class Checkpoints:
 
         Raises:
             StageFailed: an open session is used by other branches too, or a value of the state cannot be recorded.
+            StageTimeout: a session did not take the order to save within ``stage_timeout``.
         """
         first = frame.sessions[0]
         if frame.fenced:
@@ -69,10 +71,11 @@ class Checkpoints:
         number, step = self._numbers, first.session.position
         data = self._folded(frame, first) | {"score": keep.score, "keep": asdict(keep)}
         pendings: dict[str, Pending[StateRef]] = {}
-        for index, opened in enumerate(frame.sessions):
-            if opened.session.position != opened.opened_at:
-                name = f"checkpoint-{number:06d}" + (f"-{index}" if index else "")
-                pendings[opened.path] = await opened.session.save_state(name)
+        with _in_time(frame, "the checkpoint was not begun", place):
+            for index, opened in enumerate(frame.sessions):
+                if opened.session.position != opened.opened_at:
+                    name = f"checkpoint-{number:06d}" + (f"-{index}" if index else "")
+                    pendings[opened.path] = await opened.session.save_state(name)
         first.written = anyio.Event()
         begun = Saved(number, first.path, place, step, data, {}, self._memory.seq)
         self._group.start_soon(self._write, frame, begun, pendings, keep)
@@ -85,7 +88,8 @@ class Checkpoints:
     async def _write(self, frame: Frame, begun: Saved, pendings: Mapping[str, Pending[StateRef]], keep: Keep) -> None:
         first = frame.sessions[0]
         try:
-            states = {path: await pending for path, pending in pendings.items()}
+            with _in_time(frame, "the checkpoint was not saved", begun.place):
+                states = {path: await pending for path, pending in pendings.items()}
             saved = replace(begun, states=states)
             await self._memory.keep(saved)
             self._tell(saved)
@@ -109,10 +113,11 @@ class Checkpoints:
         sessions = {opened.path: opened.session for opened in frame.sessions}
         for saved in superfluous(self._memory.checkpoints(frame.sessions[0].path), keep):
             await self._memory.forget(saved)
-            for path, state in saved.states.items():
-                holder = sessions.get(path)
-                if holder is not None:
-                    await holder.delete_state(state)
+            with _in_time(frame, "an old checkpoint was not deleted", saved.place):
+                for path, state in saved.states.items():
+                    holder = sessions.get(path)
+                    if holder is not None:
+                        await holder.delete_state(state)
             for artifact in artifacts_of(saved):
                 self._context.drop_artifact(artifact)
 
@@ -170,13 +175,30 @@ class Checkpoints:
 
         Raises:
             IntegrityError: the state is damaged or gone.
+            StageTimeout: it was not loaded within ``stage_timeout``.
         """
         state = forward.saved.states.get(opened.path)
         if state is not None:
-            await opened.session.load_state(state)
+            with _in_time(opened.frame, "the checkpoint was not loaded", forward.saved.place):
+                await opened.session.load_state(state)
 
     def _roll_back(self, opened: OpenSession, place: str, step: int, after: int) -> None:
         self._context.emit(WorkflowRolledBack(session=opened.path, place=place, step=step, after=after))
+
+
+@contextmanager
+def _in_time(frame: Frame, otherwise: str, place: str) -> Iterator[None]:
+    """Give a backend as long as a stage has.
+
+    Raises:
+        StageTimeout: that was too short.
+    """
+    seconds = frame.config.stage_timeout
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        hint = "raise the config key stage_timeout, if the backend needs longer"
+        raise StageTimeout(f"{otherwise} within {seconds:g} s", hint=hint, where=place)
 
 
 def superfluous(newest_first: Sequence[Saved], keep: Keep) -> list[Saved]:

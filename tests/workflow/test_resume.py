@@ -10,9 +10,10 @@ import anyio.lowlevel
 import pytest
 
 from crucible_kitchen.config import RunConfig
-from crucible_kitchen.errors import CrucibleError, IntegrityError, ReplayMismatch, RunPaused, StageFailed
+from crucible_kitchen.errors import CrucibleError, IntegrityError, ReplayMismatch, RunPaused, StageFailed, StageTimeout
 from crucible_kitchen.events import WorkflowRolledBack
 from crucible_kitchen.ports import TrainingCapabilities
+from crucible_kitchen.testing.clock import virtual_clock
 from crucible_kitchen.testing.memory import MortalMemory
 from crucible_kitchen.types import StateRef
 from crucible_kitchen.workers import Submissions
@@ -25,6 +26,7 @@ from crucible_kitchen.workflow.stage import stage
 
 pytestmark = pytest.mark.anyio
 
+virtual = pytest.mark.parametrize("anyio_backend", [virtual_clock()], ids=["virtual"])
 ROLLBACK = TrainingCapabilities("exact", frozenset({"cross_entropy"}), "honoured", "rollback")
 
 
@@ -537,3 +539,35 @@ async def test_which_checkpoints_are_kept_is_a_policy(tmp_path, keep, steps):
     await world.attempt(supervised(world, every=1, steps=4, epochs=3).replace("save", save))
     assert sorted(saved.step for saved in world.memory.saved.values()) == steps
     assert len(world.disk) == len(steps)
+
+
+@virtual
+@pytest.mark.parametrize(
+    ("hangs", "says"), [("order", "begun"), ("write", "saved"), ("delete", "deleted"), ("load", "loaded")]
+)
+async def test_a_backend_that_hangs_over_a_checkpoint_has_as_long_as_a_stage(tmp_path, monkeypatch, hangs, says):
+    world = World(tmp_path)
+    workflow = supervised(world, every=1)
+    if hangs == "load":
+        while not world.disk:
+            with pytest.raises(RunPaused):
+                await world.attempt(workflow, draining=True)
+
+    async def forever(*_):
+        await anyio.sleep_forever()
+
+    async def save(self, name):
+        return self._submissions.submit(forever)
+
+    method, instead = {
+        "order": ("save_state", forever),
+        "write": ("save_state", save),
+        "delete": ("delete_state", forever),
+        "load": ("load_state", forever),
+    }[hangs]
+    monkeypatch.setattr(Trainer, method, instead)
+    began = anyio.current_time()
+    with pytest.raises(StageTimeout, match=f"{says} within 50 s") as caught:
+        await world.attempt(workflow, config=RunConfig(stage_timeout=50))
+    assert caught.value.where
+    assert anyio.current_time() - began == pytest.approx(50, abs=1)
