@@ -7,6 +7,7 @@ Letters: R rows, P distinct prompts, S positions, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -80,7 +81,10 @@ def capacity(job: Job) -> int | None:
 
 
 class _Reading:
-    """Some prompts of about the same length, padded on the left, computed some columns a turn."""
+    """Some prompts of about the same length, padded on the left, computed some columns a turn.
+
+    Its tensors, [P, S], are made where they are first used, in the lane: long prompts take their time.
+    """
 
     def __init__(self, jobs: dict[tuple[int, ...], list[Job]], cache: Any) -> None:
         self.jobs = jobs
@@ -88,12 +92,22 @@ class _Reading:
         self.scores: Tensor | None = None
         self.filled = 0
         self.width = max(len(p) for p in jobs)
-        self.tokens = torch.zeros(len(jobs), self.width, dtype=torch.int64)
-        self.mask = torch.zeros(len(jobs), self.width, dtype=torch.bool)
-        for row, prompt in enumerate(jobs):
-            self.tokens[row, self.width - len(prompt) :] = torch.tensor(prompt)
-            self.mask[row, self.width - len(prompt) :] = True
-        self.positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """What is read."""
+        return torch.tensor([[0] * (self.width - len(prompt)) + list(prompt) for prompt in self.jobs])
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Where there is no padding."""
+        lengths = torch.tensor([len(prompt) for prompt in self.jobs])
+        return torch.arange(self.width) >= self.width - lengths[:, None]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position of each token in its prompt."""
+        return (self.mask.long().cumsum(1) - 1).clamp(min=0)
 
     def members(self) -> list[Job]:
         """All samples that wait for these prompts."""
@@ -117,14 +131,17 @@ class Decoding:
         self._ends = self._model.facts.end_ids
         self._fixed = columns is not None
         self._device = next(self._model.module.parameters()).device
-        self._matrix = mean_matrix(self._model.module.parameters())
         self._slots: Slots | None = None
         self._columns = columns or 0
         self._reading: list[_Reading] = []
         self._all: dict[Job, None] = {}
         self._rows: list[Job | None] = [None] * FIXED_ROWS if self._fixed else []
-        self._at = torch.zeros(len(self._rows), dtype=torch.int64)  # tokens of each row in the cache
+        self._at = [0] * len(self._rows)  # tokens of each row in the cache
         self._scores: Tensor | None = None  # of each row's next token, [R, V]
+
+    @cached_property
+    def _matrix(self) -> float:
+        return mean_matrix(self._model.module.parameters())
 
     @property
     def jobs(self) -> list[Job]:
@@ -202,10 +219,10 @@ class Decoding:
                 continue
             rows = self._new_rows(here)
             self._room().put(rows, pairs, prompt, len(ids), max(job.width for job in here))
-            index = torch.tensor(rows)
-            self._at[index] = len(ids)
+            for row in rows:
+                self._at[row] = len(ids)
             assert self._scores is not None
-            self._scores[index.to(self._device)] = group.scores[prompt].to(self._scores.dtype)
+            self._scores[torch.tensor(rows, device=self._device)] = group.scores[prompt].to(self._scores.dtype)
 
     def _new_rows(self, jobs: list[Job]) -> list[int]:
         """Put jobs into rows: their own, or new ones behind all others."""
@@ -218,7 +235,7 @@ class Decoding:
             return [job.row for job in jobs]
         first = len(self._rows)
         self._rows += jobs
-        self._at = torch.cat([self._at, self._at.new_zeros(len(jobs))])
+        self._at += [0] * len(jobs)
         self._scores = torch.cat([scores, scores.new_zeros(len(jobs), scores.shape[1])])
         return list(range(first, len(self._rows)))
 
@@ -237,8 +254,8 @@ class Decoding:
             self._leave([row for row, _ in ended])
             if any(self._rows):
                 tokens = torch.tensor([job.draws.tokens[-1] if job else 0 for job in self._rows])
-                self._scores = self._slots.step(tokens, self._at)
-                self._at += torch.tensor([job is not None for job in self._rows])
+                self._scores = self._slots.step(tokens, torch.tensor(self._at))
+                self._at = [at + (job is not None) for at, job in zip(self._at, self._rows, strict=True)]
         return [found for _, found in ended]
 
     def _draw(self) -> list[tuple[int, tuple[Job, Sampled]]]:
@@ -270,10 +287,10 @@ class Decoding:
                 assert self._scores is not None
                 self._rows[row], self._at[row] = self._rows[last], self._at[last]
                 self._scores[row] = self._scores[last]
-                self._slots.move(last, row, int(self._at[last]))
+                self._slots.move(last, row, self._at[last])
             self._rows.pop()
+            self._at.pop()
         if rows and self._scores is not None:
-            self._at = self._at[: len(self._rows)]
             self._scores = self._scores[: len(self._rows)]
         if not self._rows:
             self._scores = self._slots = None

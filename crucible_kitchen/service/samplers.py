@@ -19,7 +19,7 @@ from crucible_kitchen.service.futures import Future, Futures
 from crucible_kitchen.service.models import Limits, SessionOpener, TrainedModel
 from crucible_kitchen.types import JsonObject, Sampled, SamplingParams, SessionSpec, StateRef
 from crucible_kitchen.wire import messages as m
-from crucible_kitchen.wire.codec import dumps, parse, tokens_from_wire
+from crucible_kitchen.wire.codec import dumps, parse, token_ids
 from crucible_kitchen.workers import run_sync
 
 __all__ = ["OpenedModel", "SamplingSession", "draw", "draw_of_batch", "not_found", "reply"]
@@ -218,8 +218,7 @@ async def _drawn(session: SamplingSession, body: JsonObject) -> bytes:
         scores = await sampler.compute_logprobs(extension.score)
         listed = [np.asarray(s).tolist() for s in scores]
         return dumps({"type": "sample", "sequences": [], "crucible": {"scores": listed}})
-    prompt = tokens_from_wire(message.prompt)
-    samples = await sampler.sample(prompt.tolist(), _params(message, extension), message.num_samples)
+    samples = await sampler.sample(token_ids(message.prompt), _params(message, extension), message.num_samples)
     if sum(len(s.tokens) for s in samples) < _FEW:
         return _answer(samples, sampler.version, message)
     return await run_sync(_answer, samples, sampler.version, message)

@@ -15,7 +15,17 @@ from crucible_kitchen.errors import BackendUserError
 from crucible_kitchen.types import Array, Datum, JsonObject
 from crucible_kitchen.wire.messages import ModelInput, TensorData, WireDatum
 
-__all__ = ["datum_from_wire", "datum_to_wire", "dumps", "loads", "parse", "tensor_from_wire", "tensor_to_wire"]
+__all__ = [
+    "datum_from_wire",
+    "datum_to_wire",
+    "dumps",
+    "loads",
+    "parse",
+    "tensor_from_wire",
+    "tensor_to_wire",
+    "token_ids",
+    "tokens_from_wire",
+]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -120,7 +130,15 @@ def datum_from_wire(datum: WireDatum, key: str = "") -> Datum:
 
 
 def tokens_from_wire(value: ModelInput) -> Array:
-    """Return the token ids of a model input, int64 [T].
+    """Return the token ids of a model input, int64 [T]; raises as :func:`token_ids` does."""
+    try:
+        return np.array(token_ids(value), dtype=np.int64)
+    except OverflowError:
+        raise BackendUserError("tokens are not integers of 64 bits") from None
+
+
+def token_ids(value: ModelInput) -> list[int]:
+    """Return the token ids of a model input, T of them.
 
     Raises:
         BackendUserError: a chunk is not encoded text, or holds something else than integers.
@@ -130,7 +148,6 @@ def tokens_from_wire(value: ModelInput) -> Array:
         if chunk.type != "encoded_text":
             raise BackendUserError(f"chunks of type {chunk.type[:32]!r} are not known", hint="send encoded_text")
         ids += chunk.tokens
-    array = _numbers(ids, "tokens")
-    if len(array) and array.dtype.kind != "i":
+    if not set(map(type, ids)) <= {int}:
         raise BackendUserError("tokens are not integers")
-    return array.astype(np.int64)
+    return ids
