@@ -6,7 +6,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from crucible_kitchen.cli.serving import _keep_loaded
+from crucible_kitchen.cli.serving import _collect_less
 from crucible_kitchen.service.futures import Futures
 from crucible_kitchen.service.models import Limits
 from crucible_kitchen.service.samplers import SamplingSession
@@ -81,11 +81,14 @@ async def test_what_is_to_be_done_once_a_first_model_is_there_is_done_once(tmp_p
     assert done == [True]
 
 
-def test_what_a_server_loaded_is_left_out_of_full_collections():
+def test_what_a_server_loaded_is_left_out_of_collections_and_these_are_fewer():
     loaded = [[]]
+    before = gc.get_threshold()
     try:
-        _keep_loaded()
+        _collect_less()
         assert gc.get_freeze_count() > 0
         assert all(each is not loaded for each in gc.get_objects())
+        assert gc.get_threshold() == (50_000, *before[1:])
     finally:
         gc.unfreeze()
+        gc.set_threshold(*before)
