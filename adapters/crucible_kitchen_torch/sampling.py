@@ -3,9 +3,8 @@
 Knows requests and their ends, not how a token is drawn. Read next: ``decoding.py``.
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import anyio
 import anyio.abc
@@ -14,7 +13,6 @@ import numpy as np
 from crucible_kitchen.errors import BackendUserError, CapabilityError, SessionLost
 from crucible_kitchen.ports.tokenizer import Tokenizer
 from crucible_kitchen.types import Array, Datum, Sampled, SamplingParams
-from crucible_kitchen.workers import waker
 from crucible_kitchen_torch.decoding import FIXED_ROWS, Decoding, Job, capacity
 from crucible_kitchen_torch.trainer import Trainer
 from crucible_kitchen_torch.turns import Turns
@@ -23,10 +21,15 @@ from crucible_kitchen_torch.weights import Snapshot
 __all__ = ["Limits", "TorchSampler"]
 
 Ended = tuple[Job, Sampled]
-Waker = Callable[[Callable[[], object]], object]
 
 _STEPS = 16
 """Tokens per row in one turn of the lane, at most: a turn costs a third of a millisecond, and must stay short."""
+
+_SHARE = 4
+"""A sample that has ended waits for the end of the turn, at most this part of the tokens that it has: 1 in so many.
+
+Each time that one is told, the loop takes the interpreter from the lane.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +307,7 @@ class TorchSampler:
         """Advance one batch by a turn and hand out what ended; an error ends all of its requests."""
         batch = self._batches[key]
         try:
-            _deliver(await self._turns.one(self._advance, batch, waker()))
+            _deliver(await self._turns.one(self._advance, batch))
         except Exception as error:  # noqa: BLE001 - carried to whoever asked
             for job in batch.jobs:
                 job.request.fail(error)
@@ -315,14 +318,14 @@ class TorchSampler:
         if not batch.jobs:
             self._batches.pop(key, None)
 
-    def _advance(self, batch: Decoding, wake: Waker) -> Sequence[Ended]:
-        """Decode a token per row in the lane, and more while nobody waits for its end; what ends is told at once."""
-        ended: Sequence[Ended] = ()
-        for _ in range(_STEPS):
-            if ended:
-                wake(partial(_deliver, ended))
-            ended = batch.advance()
-            if not batch.jobs or self._awaited():
+    def _advance(self, batch: Decoding) -> list[Ended]:
+        """Decode a token per row in the lane, and more while nobody waits for the turn to end; return what ended."""
+        ended: list[Ended] = []
+        last = _STEPS - 1
+        for step in range(_STEPS):
+            ended += (now := batch.advance())
+            last = min([last, *(step + len(sampled.tokens) // _SHARE for _, sampled in now)])
+            if step >= last or not batch.jobs or self._awaited():
                 break
         return ended
 

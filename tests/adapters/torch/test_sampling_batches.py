@@ -1,6 +1,5 @@
 """Continuous batching: who joins when, what rows get, and the mode in which nobody notices the others."""
 
-import threading
 from dataclasses import replace
 
 import anyio
@@ -88,34 +87,45 @@ async def test_who_arrives_while_a_batch_runs_has_a_token_after_two_steps(tmp_pa
             group.cancel_scope.cancel()
 
 
-async def test_a_sample_that_ends_is_told_while_the_lane_decodes_the_others_on(tmp_path, monkeypatch):
-    told, steps, turns = threading.Event(), [], []
-    advance, turn = Decoding.advance, TorchSampler._advance
+@pytest.mark.parametrize(
+    ("lengths", "ends"),
+    [
+        ([12], [12]),
+        ([40], [16, 32, 40]),
+        ([3, 12], [3, 12]),  # a short one is told at once
+        ([8, 40], [10, 26, 40]),  # one of 8 tokens two tokens later
+        ([8, 9, 40], [10, 26, 40]),  # with whatever else has ended by then
+        ([8, 11, 40], [10, 13, 29, 40]),
+        ([10, 12], [12]),  # or as soon as nothing is drawn any more
+        ([15, 40], [16, 32, 40]),
+    ],
+)
+async def test_a_sample_that_ends_waits_for_others_a_quarter_of_its_tokens_at_most(
+    tmp_path, monkeypatch, lengths, ends
+):
+    """Turns of the lane end when the first sample that has ended may not wait longer."""
+    turns = []
+    turn = TorchSampler._advance
+    steps = []
+    advance = Decoding.advance
 
-    def held(self):
+    def stepped(self):
         steps.append(len(self.jobs))
-        if len(steps) == 5:
-            assert told.wait(60), "two steps after its end the short sample is not told"
         return advance(self)
 
-    def counted(self, *arguments):
+    def counted(self, batch):
+        ended = turn(self, batch)
         turns.append(len(steps))
-        return turn(self, *arguments)
+        return ended
 
-    monkeypatch.setattr(Decoding, "advance", held)
+    monkeypatch.setattr(Decoding, "advance", stepped)
     monkeypatch.setattr(TorchSampler, "_advance", counted)
     async with session(tmp_path) as opened:
-        sampler = await opened.sampler()
-
-        async def short():
-            await sampler.sample([7], replace(PARAMS, seed=0, max_tokens=3))
-            told.set()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(sampler.sample, [7], replace(PARAMS, seed=0, max_tokens=12))
-            group.start_soon(short)
-    assert steps == [2, 2, 2, *[1] * 9]
-    assert turns == [0], "all of it was one turn of the lane"
+        samples = await at_once(
+            await opened.sampler(), [([7], replace(PARAMS, seed=0, max_tokens=n), 1) for n in lengths]
+        )
+    assert [len(s.tokens) for (s,) in samples] == lengths, "none may have ended by itself"
+    assert turns == ends
 
 
 async def test_rows_that_end_leave_early_and_their_places_go_to_those_who_wait(tmp_path, turns):
