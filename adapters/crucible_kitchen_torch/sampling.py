@@ -25,7 +25,7 @@ Ended = tuple[Job, Sampled]
 _STEPS = 16
 """Tokens per row in one turn of the lane, at most: a turn costs a third of a millisecond, and must stay short."""
 
-_SHARE = 4
+_SHARE = 2
 """A sample that has ended waits for the end of the turn, at most this part of the tokens that it has: 1 in so many.
 
 Each time that one is told, the loop takes the interpreter from the lane.

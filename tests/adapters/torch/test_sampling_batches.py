@@ -92,15 +92,15 @@ async def test_who_arrives_while_a_batch_runs_has_a_token_after_two_steps(tmp_pa
     [
         ([12], [12]),
         ([40], [16, 32, 40]),
-        ([3, 12], [3, 12]),  # a short one is told at once
-        ([8, 40], [10, 26, 40]),  # one of 8 tokens two tokens later
-        ([8, 9, 40], [10, 26, 40]),  # with whatever else has ended by then
-        ([8, 11, 40], [10, 13, 29, 40]),
+        ([1, 12], [1, 12]),  # the shortest is told at once
+        ([8, 40], [12, 28, 40]),  # one of 8 tokens four tokens later
+        ([8, 11, 40], [12, 28, 40]),  # with whatever else has ended by then
+        ([8, 13, 40], [12, 19, 35, 40]),
         ([10, 12], [12]),  # or as soon as nothing is drawn any more
         ([15, 40], [16, 32, 40]),
     ],
 )
-async def test_a_sample_that_ends_waits_for_others_a_quarter_of_its_tokens_at_most(
+async def test_a_sample_that_ends_waits_for_others_half_of_its_tokens_at_most(
     tmp_path, monkeypatch, lengths, ends
 ):
     """Turns of the lane end when the first sample that has ended may not wait longer."""
