@@ -100,9 +100,7 @@ async def test_who_arrives_while_a_batch_runs_has_a_token_after_two_steps(tmp_pa
         ([15, 40], [16, 32, 40]),
     ],
 )
-async def test_a_sample_that_ends_waits_for_others_half_of_its_tokens_at_most(
-    tmp_path, monkeypatch, lengths, ends
-):
+async def test_a_sample_that_ends_waits_for_others_half_of_its_tokens_at_most(tmp_path, monkeypatch, lengths, ends):
     """Turns of the lane end when the first sample that has ended may not wait longer."""
     turns = []
     turn = TorchSampler._advance
