@@ -26,9 +26,9 @@ _STEPS = 16
 """Tokens per row in one turn of the lane, at most: a turn costs a third of a millisecond, and must stay short."""
 
 _SHARE = 2
-"""A sample that has ended waits for the end of the turn, at most this part of the tokens that it has: 1 in so many.
+"""A sample that has ended is told with the turn, which ends when one has waited a token for so many of its own.
 
-Each time that one is told, the loop takes the interpreter from the lane.
+To tell each by itself costs more than it gives: every time the loop takes the interpreter from the lane.
 """
 
 
@@ -109,6 +109,10 @@ class _Request:
         """Tell whoever watches that there may be more text."""
         if self.progress is not None:
             self.progress.set()
+
+
+def _lost() -> SessionLost:
+    return SessionLost("the sampler was closed while the request was open")
 
 
 def _deliver(ended: Sequence[Ended]) -> None:
@@ -304,30 +308,33 @@ class TorchSampler:
         return _Room(key, self._limits, (), closed=closed)
 
     async def _turn(self, key: int | None) -> None:
-        """Advance one batch by a turn and hand out what ended; an error ends all of its requests."""
+        """Advance one batch by a turn and hand out what ended; an error ends the requests of all others."""
         batch = self._batches[key]
+        jobs, ended = batch.jobs, list[Ended]()
         try:
-            _deliver(await self._turns.one(self._advance, batch))
-        except Exception as error:  # noqa: BLE001 - carried to whoever asked
-            for job in batch.jobs:
-                job.request.fail(error)
+            await self._turns.one(self._advance, batch, ended)
+        except BaseException as error:
             self._batches.pop(key, None)
+            _deliver(ended)
+            for job in jobs:  # what ended and was not handed out is no longer among the batch's
+                job.request.fail(error if isinstance(error, Exception) else _lost())
+            if not isinstance(error, Exception):
+                raise
             return
+        _deliver(ended)
         for request in self._watched:
             request.advanced()
         if not batch.jobs:
             self._batches.pop(key, None)
 
-    def _advance(self, batch: Decoding) -> list[Ended]:
-        """Decode a token per row in the lane, and more while nobody waits for the turn to end; return what ended."""
-        ended: list[Ended] = []
+    def _advance(self, batch: Decoding, ended: list[Ended]) -> None:
+        """Decode a token per row in the lane, and more while nobody waits for the turn to end; add what ended."""
         last = _STEPS - 1
         for step in range(_STEPS):
             ended += (now := batch.advance())
             last = min([last, *(step + len(sampled.tokens) // _SHARE for _, sampled in now)])
             if step >= last or not batch.jobs or self._awaited():
                 break
-        return ended
 
     def _awaited(self) -> bool:
         """Return whether somebody waits for what can only be done between two turns; asked in the lane."""
@@ -363,7 +370,7 @@ class TorchSampler:
 
     def _fail_all(self) -> None:
         for job in self._waiting + [job for batch in self._batches.values() for job in batch.jobs]:
-            job.request.fail(SessionLost("the sampler was closed while the request was open"))
+            job.request.fail(_lost())
         self._waiting, self._batches = [], {}
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Continuous batching: who joins when, what rows get, and the mode in which nobody notices the others."""
 
+import threading
 from dataclasses import replace
 
 import anyio
@@ -9,6 +10,7 @@ import torch
 
 from crucible_kitchen.errors import BackendUserError, CapabilityError, ConfigError, SessionLost
 from crucible_kitchen.types import Datum, SamplingParams, SessionSpec
+from crucible_kitchen.workers import waker
 from crucible_kitchen_torch import TorchTrainingClient
 from crucible_kitchen_torch.decoding import Decoding
 from crucible_kitchen_torch.sampling import Limits, TorchSampler
@@ -111,10 +113,9 @@ async def test_a_sample_that_ends_waits_for_others_half_of_its_tokens_at_most(tm
         steps.append(len(self.jobs))
         return advance(self)
 
-    def counted(self, batch):
-        ended = turn(self, batch)
+    def counted(self, *arguments):
+        turn(self, *arguments)
         turns.append(len(steps))
-        return ended
 
     monkeypatch.setattr(Decoding, "advance", stepped)
     monkeypatch.setattr(TorchSampler, "_advance", counted)
@@ -124,6 +125,67 @@ async def test_a_sample_that_ends_waits_for_others_half_of_its_tokens_at_most(tm
         )
     assert [len(s.tokens) for (s,) in samples] == lengths, "none may have ended by itself"
     assert turns == ends
+
+
+async def test_a_sample_that_ended_before_an_error_of_the_same_turn_is_told(tmp_path, monkeypatch):
+    advance, steps = Decoding.advance, []
+
+    def failing(self):
+        steps.append(len(self.jobs))
+        if len(steps) == 10:
+            raise BackendUserError("the tenth step fails")
+        return advance(self)
+
+    monkeypatch.setattr(Decoding, "advance", failing)
+    async with session(tmp_path) as opened:
+        sampler = await opened.sampler()
+        outcomes = {}
+
+        async def ask(tokens):
+            try:
+                outcomes[tokens] = await sampler.sample([7], replace(PARAMS, seed=0, max_tokens=tokens))
+            except BackendUserError as error:
+                outcomes[tokens] = error
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(ask, 8)
+                group.start_soon(ask, 40)
+    assert len(outcomes[8][0].tokens) == 8
+    assert "the tenth step fails" in str(outcomes[40])
+
+
+async def test_a_sample_that_ended_in_a_turn_is_told_when_the_session_closes_within_that_turn(tmp_path, monkeypatch):
+    advance, steps = Decoding.advance, []
+    tenth, wake, told = anyio.Event(), waker(), threading.Event()
+
+    def held(self):
+        steps.append(len(self.jobs))
+        if len(steps) == 10:
+            wake(tenth.set)
+            assert told.wait(60), "while the session closes, nobody hears of the sample"
+        return advance(self)
+
+    monkeypatch.setattr(Decoding, "advance", held)
+    outcomes = {}
+
+    async def ask(sampler, tokens):
+        try:
+            outcomes[tokens] = await sampler.sample([7], replace(PARAMS, seed=0, max_tokens=tokens))
+        except SessionLost as error:
+            outcomes[tokens] = error
+        if len(outcomes) == 2:
+            told.set()
+
+    async with anyio.create_task_group() as group:
+        async with session(tmp_path) as opened:
+            sampler = await opened.sampler()
+            group.start_soon(ask, sampler, 8)
+            group.start_soon(ask, sampler, 40)
+            with anyio.fail_after(60):
+                await tenth.wait()
+    assert len(outcomes[8][0].tokens) == 8
+    assert isinstance(outcomes[40], SessionLost)
 
 
 async def test_rows_that_end_leave_early_and_their_places_go_to_those_who_wait(tmp_path, turns):
